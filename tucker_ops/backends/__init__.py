@@ -1,0 +1,1 @@
+"""Backends of the op, one file each, and the choice between them."""

@@ -1,0 +1,37 @@
+"""What a backend is: a name, three predicates that give their reason, and a function that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tucker_ops.types import Problem
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A yes or a no, with the reason in words a user can act on."""
+
+    ok: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute `tucker_conv`.
+
+    available: can it run on this machine at all? supports: can it run this problem? prefers: does it
+    measure at least as fast as the reference on this kind of problem? run: computes it; called only
+    where available and supports say yes, with geometry as one integer per axis.
+    """
+
+    name: str
+    available: Callable[[], Verdict]
+    supports: Callable[[Problem], Verdict]
+    prefers: Callable[[Problem], Verdict]
+    run: Callable[..., Tensor]

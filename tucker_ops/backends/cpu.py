@@ -1,0 +1,30 @@
+"""`cpu`: the one-pass kernel in csrc/cpu."""
+
+from __future__ import annotations
+
+import torch
+
+from tucker_ops.backends import native
+from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.types import Problem
+
+
+def _supports(problem: Problem) -> Verdict:
+    if problem.device != "cpu":
+        return Verdict(False, f"tensors are on {problem.device}; this backend computes on the CPU")
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return Verdict(
+            False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+        )
+    return Verdict(True, "float32 or bfloat16 on the CPU")
+
+
+def _prefers(problem: Problem) -> Verdict:
+    return Verdict(False, "not measured yet")
+
+
+def _run(*args) -> torch.Tensor:
+    return torch.ops.tucker_ops._tucker_conv_cpu(*args)
+
+
+CPU = Backend(name="cpu", available=native.load, supports=_supports, prefers=_prefers, run=_run)

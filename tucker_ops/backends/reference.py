@@ -1,0 +1,22 @@
+"""`reference`: three torch convolutions. Runs wherever torch convolves; the last choice."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.ops.reference import memory_format, three_convs
+
+
+def _run(input: Tensor, *args) -> Tensor:
+    # torch's own choice of layout depends on the library it calls; ours depends on the input alone.
+    return three_convs(input, *args).contiguous(memory_format=memory_format(input))
+
+
+REFERENCE = Backend(
+    name="reference",
+    available=lambda: Verdict(True, "plain PyTorch"),
+    supports=lambda problem: Verdict(True, "runs every problem"),
+    prefers=lambda problem: Verdict(True, "the fallback"),
+    run=_run,
+)

@@ -1,0 +1,144 @@
+"""Chooses the backend of each call and registers the public op's implementation.
+
+Automatic choice takes the first backend in `ORDER` that is available, supports the problem, and
+measures no slower than the reference on that kind of problem. A backend asked for by name runs or
+raises with the reason. Nothing is tuned or timed here, so tracing and capturing are safe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from torch import Tensor
+
+from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.backends.cpu import CPU
+from tucker_ops.backends.reference import REFERENCE
+from tucker_ops.errors import BackendError
+from tucker_ops.ops.check import problem_of
+from tucker_ops.ops.schema import LIBRARY
+from tucker_ops.types import Problem
+
+ORDER: tuple[Backend, ...] = (CPU, REFERENCE)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a problem, and what each of the others said."""
+
+    problem: Problem
+    chosen: str
+    verdicts: dict[str, Verdict]
+
+    def __str__(self) -> str:
+        lines = [f"{self.chosen} runs {describe(self.problem)}"]
+        for name, verdict in self.verdicts.items():
+            lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no ':<4} {verdict.reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class BackendTable:
+    """Every backend, whether it can run on this machine, and why not."""
+
+    rows: tuple[tuple[str, bool, str], ...]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> Verdict:
+        for row, ok, reason in self.rows:
+            if row == name:
+                return Verdict(ok, reason)
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        lines = [f"{'backend':<10} {'available':<10} why"]
+        lines += [f"{name:<10} {'yes' if ok else 'no':<10} {reason}" for name, ok, reason in self.rows]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def backends() -> BackendTable:
+    """The backends of this installation: name, available here or not, and the reason."""
+    verdicts = [(backend.name, backend.available()) for backend in ORDER]
+    return BackendTable(tuple((name, verdict.ok, verdict.reason) for name, verdict in verdicts))
+
+
+def describe(problem: Problem) -> str:
+    """One line that names a problem."""
+
+    def extents(values):
+        return "×".join(str(v) for v in values)
+
+    return (
+        f"tucker_conv {problem.in_channels}→{problem.out_channels} channels, ranks "
+        f"({problem.rank_in}, {problem.rank_out}), kernel {extents(problem.kernel_size)}, stride "
+        f"{extents(problem.stride)}, input {problem.batch}×{extents(problem.input_size)} "
+        f"{str(problem.dtype).removeprefix('torch.')} {problem.layout} on {problem.device}"
+    )
+
+
+def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
+    """What `choose` does with `problem`, and every backend's own words."""
+    chosen = choose(problem, backend)
+    verdicts = {}
+    for candidate in ORDER:
+        if backend is not None and candidate.name == backend:
+            verdicts[candidate.name] = Verdict(True, "asked for by name")
+        else:
+            verdicts[candidate.name] = _verdict(candidate, problem)
+    return Explanation(problem, chosen.name, verdicts)
+
+
+def choose(problem: Problem, name: str | None = None) -> Backend:
+    """The backend that runs `problem`: the named one, or the first that may and measures fast enough.
+
+    Raises BackendError for an unknown name and for a named backend that cannot run the problem.
+    """
+    if name is None:
+        return next(backend for backend in ORDER if _verdict(backend, problem))
+    for backend in ORDER:
+        if backend.name == name:
+            for verdict in (backend.available(), backend.supports(problem)):
+                if not verdict:
+                    raise BackendError(
+                        f"backend {name!r} cannot run {describe(problem)}: {verdict.reason}; "
+                        "leave backend unset to let tucker_ops choose"
+                    )
+            return backend
+    raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
+
+
+def _verdict(backend: Backend, problem: Problem) -> Verdict:
+    for predicate in (lambda: backend.available(), lambda: backend.supports(problem)):
+        verdict = predicate()
+        if not verdict:
+            return verdict
+    return backend.prefers(problem)
+
+
+_choose_cached = lru_cache(maxsize=4096)(choose)
+
+
+def _tucker_conv(
+    input: Tensor,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    bias: Tensor | None = None,
+    stride=(1,),
+    padding=(0,),
+    dilation=(1,),
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    problem = problem_of(input, u_in, core, u_out, bias, stride, padding, dilation)
+    run = _choose_cached(problem, backend).run
+    geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
+    return run(input, u_in, core, u_out, bias, *geometry)
+
+
+LIBRARY.impl("tucker_conv", _tucker_conv, "CompositeExplicitAutograd")

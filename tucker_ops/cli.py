@@ -1,0 +1,153 @@
+"""The command line: ``tucker-ops compress | predict | explain``.
+
+Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tucker_ops.errors import TuckerOpsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="tucker-ops",
+    help="Compress a trained nnU-Net with Tucker decomposition and run it with stock nnU-Net.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="nnU-Net model folder: dataset.json, plans.json, fold_*/.")
+]
+FoldOption = Annotated[
+    list[str] | None,
+    typer.Option("--fold", "-f", help="Fold to use; repeat it for several. Default: all there are."),
+]
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", help="Name of the checkpoint file in each fold.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or mps.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint", help="Read a checkpoint by pickle, which can run code, if it needs that."
+    ),
+]
+
+
+def console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        import tucker_ops
+
+        typer.echo(f"tucker-ops {tucker_ops.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (or set TUCKER_OPS_DEBUG=1).")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["TUCKER_OPS_DEBUG"] = "1"
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option("--model", "-m", help="Model folder, dense or compressed.")],
+    images: Annotated[Path, typer.Option("--input", "-i", help="Folder of images named CASE_0000.nii.gz.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the segmentations.")],
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    device: DeviceOption = "cpu",
+    mirroring: Annotated[
+        bool, typer.Option("--mirroring/--no-mirroring", help="Average over mirrored passes.")
+    ] = True,
+    step_size: Annotated[
+        float, typer.Option("--step-size", help="Step of the tiles, a fraction of the patch.")
+    ] = 0.5,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Predict this case only; repeat it.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite segmentations that exist.")] = False,
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Segment images through nnU-Net's own predictor.
+
+    Example: tucker-ops predict -m hippocampus_half -i imagesTs -o segmentations --no-mirroring
+    """
+    from tucker_ops.nnunet.predict import predict_folder
+
+    with case_progress("Predicting") as progress:
+        summary = predict_folder(
+            model, images, output, folds=fold, checkpoint=checkpoint, device=device, mirroring=mirroring,
+            step_size=step_size, cases=case, overwrite=force, progress=progress, trust=trust_checkpoint,
+        )  # fmt: skip
+    memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB of memory"
+    if summary.peak_cuda_bytes:
+        memory += f", {summary.peak_cuda_bytes / 1e9:.2f} GB on the GPU"
+    console().print(
+        f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to {summary.output}"
+    )
+
+
+class case_progress:
+    """A progress bar on standard error; entered, it gives a function of (label, done, total)."""
+
+    def __init__(self, title: str):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._title = title
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[label]}"),
+            console=console(stderr=True),
+        )
+
+    def __enter__(self):
+        self._bar.start()
+        task = self._bar.add_task(self._title, total=None, label="")
+        return lambda label, done, total: self._bar.update(task, completed=done, total=total, label=label)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def main() -> None:
+    """Entry point. An error that tucker_ops raises on purpose is one message and exit code 2."""
+    try:
+        app()
+    except TuckerOpsError as error:
+        if os.environ.get("TUCKER_OPS_DEBUG"):
+            raise
+        from rich.markup import escape
+
+        console(stderr=True).print(f"[red]{type(error).__name__}:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
