@@ -1,0 +1,95 @@
+"""nnU-Net's networks with factorised convolutions, to be named in plans.json.
+
+nnU-Net resolves ``architecture.network_class_name`` by import, passes ``arch_kwargs`` on, and loads the checkpoint
+strictly. The names differ from those of dynamic_network_architectures on purpose: where tucker_ops is not
+installed nnU-Net looks for the same name there, and must fail rather than build the dense network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import nn
+
+from tucker_ops import convert
+from tucker_ops.errors import ConfigError, UnsupportedArchitectureError
+
+TUCKER_VERSION = 1
+
+
+class TuckerPlainConvUNet(PlainConvUNet):
+    """PlainConvUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as there."""
+
+    def __init__(self, *args: Any, tucker: Mapping[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        _substitute(self, tucker)
+
+
+class TuckerResidualEncoderUNet(ResidualEncoderUNet):
+    """ResidualEncoderUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as there."""
+
+    def __init__(self, *args: Any, tucker: Mapping[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        _substitute(self, tucker)
+
+
+TUCKER_CLASSES = {"PlainConvUNet": TuckerPlainConvUNet, "ResidualEncoderUNet": TuckerResidualEncoderUNet}
+
+
+def _substitute(network: nn.Module, tucker: Mapping[str, Any]) -> None:
+    if tucker.get("version") != TUCKER_VERSION:
+        raise ConfigError(
+            f"plans.json holds a Tucker description of version {tucker.get('version')}, this tucker_ops reads "
+            f"version {TUCKER_VERSION}; install the tucker_ops that wrote the model"
+        )
+    convert.substitute(
+        network, {name: (int(r_in), int(r_out)) for name, (r_in, r_out) in tucker["ranks"].items()}
+    )
+
+
+def tucker_architecture(
+    architecture: Mapping[str, Any], ranks: Mapping[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """nnU-Net's architecture block of the same network with factorised layers.
+
+    `ranks` maps layer names to (R_in, R_out). Raises UnsupportedArchitectureError for a network that
+    tucker_ops does not rebuild.
+    """
+    cls = TUCKER_CLASSES[check_architecture(architecture["network_class_name"])]
+    tucker = {"version": TUCKER_VERSION, "ranks": {name: list(pair) for name, pair in ranks.items()}}
+    return {
+        "network_class_name": f"{cls.__module__}.{cls.__qualname__}",
+        "arch_kwargs": {**architecture["arch_kwargs"], "tucker": tucker},
+        "_kw_requires_import": list(architecture["_kw_requires_import"]),
+    }
+
+
+def check_architecture(network_class_name: str) -> str:
+    """Last component of a class name that can be compressed; UnsupportedArchitectureError for any other."""
+    package, _, name = network_class_name.rpartition(".")
+    if name not in TUCKER_CLASSES or package.split(".")[0] not in ("dynamic_network_architectures", ""):
+        raise UnsupportedArchitectureError(
+            f"plans.json names the network {network_class_name}; tucker_ops rebuilds "
+            f"{' and '.join(TUCKER_CLASSES)} of dynamic_network_architectures. Other torch modules can be "
+            "compressed in Python with tucker_ops.compress"
+        )
+    return name
+
+
+def build_network(
+    architecture: Mapping[str, Any], input_channels: int, num_outputs: int, *, deep_supervision: bool = False
+) -> nn.Module:
+    """The network of an architecture block, built by nnU-Net's own `get_network_from_plans`, weights random."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        input_channels,
+        num_outputs,
+        allow_init=False,
+        deep_supervision=deep_supervision,
+    )

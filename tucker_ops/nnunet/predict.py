@@ -1,0 +1,202 @@
+"""Prediction through nnU-Net's own nnUNetPredictor, dense and compressed models alike."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tucker_ops.errors import ConfigError, DeviceError, OutputExistsError, OutputWriteError
+from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, read_model_folder
+from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class PredictionSummary:
+    """What a prediction took. Seconds include reading, preprocessing, resampling and writing of each case.
+
+    ``seconds`` is the total over the cases, without loading the model. ``peak_rss_bytes`` is the largest
+    resident memory of the process while it predicted, ``peak_cuda_bytes`` what torch allocated on the GPU.
+    """
+
+    model: Path
+    output: Path
+    folds: tuple[Fold, ...]
+    device: str
+    seconds_per_case: Mapping[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    peak_cuda_bytes: int = 0
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        return tuple(self.seconds_per_case)
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.seconds_per_case.values())
+
+
+def load_predictor(
+    model_dir: str | Path,
+    *,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    device: str = "cpu",
+    mirroring: bool = True,
+    step_size: float = 0.5,
+    trust: bool = False,
+) -> nnUNetPredictor:
+    """nnU-Net's predictor with the model loaded, after the folder was checked.
+
+    `step_size` is the distance of neighbouring tiles as a fraction of the patch. Raises the errors of
+    `read_model_folder`, ConfigError, and DeviceError.
+    """
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    if not 0 < step_size <= 1:
+        raise ConfigError(
+            f"step_size {step_size} given; it is a fraction of the patch, above 0 and at most 1"
+        )
+    folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
+    predictor = nnUNetPredictor(
+        tile_step_size=step_size, use_mirroring=mirroring, device=_device(device), allow_tqdm=False
+    )
+    predictor.initialize_from_trained_model_folder(
+        str(folder.path), folder.select_folds(folds, checkpoint), checkpoint
+    )
+    return predictor
+
+
+def predict_folder(
+    model_dir: str | Path,
+    input_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    device: str = "cpu",
+    mirroring: bool = True,
+    step_size: float = 0.5,
+    cases: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    trust: bool = False,
+) -> PredictionSummary:
+    """Segment every case of `input_dir`; `cases` names some of them.
+
+    Cases are predicted one after the other in this process, by nnU-Net's `predict_from_files_sequential`; a
+    segmentation appears in `output_dir` only once it is complete. `progress` is called with the case, how many
+    are done, and how many there are. All checks come before the first prediction. Raises those errors of
+    `load_predictor` and `find_cases`, OutputExistsError for segmentations that exist (unless `overwrite`), and
+    OutputWriteError; torch.OutOfMemoryError passes unchanged.
+    """
+    output_dir = Path(output_dir)
+    folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
+    if folder.plans["configurations"][folder.configuration].get("previous_stage"):
+        raise ConfigError(
+            f"{folder.path} is the second stage of a cascade and needs the first stage's segmentations; "
+            "predict it with nnUNetv2_predict and -prev_stage_predictions"
+        )
+    ending = folder.dataset_json["file_ending"]
+    images = _choose(find_cases(input_dir, ending, folder.input_channels), cases, input_dir)
+    if not overwrite:
+        _check_absent([output_dir / f"{case}{ending}" for case in images])
+    predictor = load_predictor(
+        model_dir, folds=folds, checkpoint=checkpoint, device=device, mirroring=mirroring, step_size=step_size,
+        trust=trust,
+    )  # fmt: skip
+
+    seconds: dict[str, float] = {}
+    with _scratch(output_dir) as scratch, PeakMemory(torch.device(device)) as peak, _threads_kept():
+        for number, (case, files) in enumerate(images.items()):
+            if progress is not None:
+                progress(case, number, len(images))
+            start = time.perf_counter()
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                predictor.predict_from_files_sequential([[str(f) for f in files]], [str(scratch / case)])
+            seconds[case] = time.perf_counter() - start
+            for path in scratch.iterdir():
+                os.replace(path, output_dir / path.name)
+        if progress is not None:
+            progress("", len(images), len(images))
+    return PredictionSummary(
+        model=folder.path,
+        output=output_dir,
+        folds=folder.select_folds(folds, checkpoint),
+        device=device,
+        seconds_per_case=seconds,
+        peak_rss_bytes=peak.rss_bytes,
+        peak_cuda_bytes=peak.cuda_bytes,
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DeviceError(f"device {name!r} given; use cpu, cuda or mps") from error
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.type, False):
+        usable = ", ".join(k for k, v in available.items() if v)
+        raise DeviceError(f"device {name!r} given; this machine's torch can use {usable}")
+    return device
+
+
+def _choose(
+    images: dict[str, list[Path]], cases: Sequence[str] | None, input_dir: str | Path
+) -> dict[str, list[Path]]:
+    if cases is None:
+        return images
+    missing = [c for c in cases if c not in images]
+    if missing:
+        raise ConfigError(f"{input_dir} has no case {', '.join(missing)}; it holds {', '.join(images)}")
+    return {c: images[c] for c in cases}
+
+
+def _check_absent(paths: Sequence[Path]) -> None:
+    existing = [p for p in paths if p.exists()]
+    if existing:
+        raise OutputExistsError(
+            f"{existing[0]} exists{f' and {len(existing) - 1} more' if len(existing) > 1 else ''}; "
+            "choose another output folder or allow overwriting with --force (overwrite=True in Python)"
+        )
+
+
+@contextlib.contextmanager
+def _scratch(output_dir: Path):
+    """A folder in `output_dir` for files that nnU-Net is still writing, removed in the end."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".predicting-", dir=output_dir))
+    except OSError as error:
+        raise OutputWriteError(
+            f"{output_dir} cannot be written ({error.strerror}); choose another output folder"
+        ) from error
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _threads_kept():
+    """nnU-Net lowers torch's thread count while it predicts and leaves it so when prediction fails."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
