@@ -1,0 +1,71 @@
+"""The truncation error of a kernel at every pair of ranks, from one full HOSVD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tucker_ops.decompose.kernel import as_out_in_taps
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Energy (squared core entries, summed over the taps) of a kernel's full HOSVD.
+
+    ``energy`` is [C_in, C_out], float64, both modes in order of falling singular value. Truncation at
+    (R_in, R_out) keeps the leading block, and because all factors are orthonormal the squared error is
+    exactly the energy outside of it. HOOI only improves on that.
+    """
+
+    energy: Tensor
+
+    def share_kept(self) -> tuple[Tensor, Tensor]:
+        """Cumulative share of the squared singular values per mode: ([C_in], [C_out]), rising to 1."""
+        return tuple(_share(self.energy.sum(dim)) for dim in (1, 0))
+
+    def squared_errors(self) -> Tensor:
+        """||W - Ŵ||² / ||W||² of the truncated HOSVD at (R_in, R_out) in entry [R_in - 1, R_out - 1]."""
+        total = self.energy.sum()
+        if total == 0:
+            return torch.zeros_like(self.energy)
+        lost = 1 - self.energy.cumsum(0).cumsum(1) / total
+        return lost.clamp_(0, 1)
+
+    def relative_error(self, ranks: tuple[int, int]) -> float:
+        """||W - Ŵ|| / ||W|| of the truncated HOSVD at ranks (R_in, R_out)."""
+        rank_in, rank_out = ranks
+        total = float(self.energy.sum())
+        if total == 0:
+            return 0.0
+        # Summed over what is dropped, which stays exact where 1 - kept would cancel.
+        lost = float(self.energy[rank_in:].sum() + self.energy[:rank_in, rank_out:].sum())
+        return (lost / total) ** 0.5
+
+
+def spectrum(weight: Tensor, *, transposed: bool = False) -> Spectrum:
+    """Spectrum of a kernel [C_out, C_in, *kernel], or [C_in, C_out, *kernel] if `transposed`.
+
+    Raises as `decompose` does for weights that cannot be decomposed.
+    """
+    kernel = as_out_in_taps(weight, transposed)
+    scale = kernel.abs().max()
+    if scale > 0:
+        kernel = kernel / scale
+    u_out = _left_singular_vectors(kernel.flatten(1))
+    u_in = _left_singular_vectors(kernel.transpose(0, 1).flatten(1))
+    core = torch.einsum("oik,ir->rok", kernel, u_in)
+    core = torch.einsum("rok,os->rsk", core, u_out)
+    return Spectrum(core.square().sum(-1))
+
+
+def _left_singular_vectors(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigh(matrix @ matrix.T).eigenvectors.flip(1)
+
+
+def _share(energy: Tensor) -> Tensor:
+    total = energy.sum()
+    if total == 0:
+        return torch.ones_like(energy)
+    return (energy.cumsum(0) / total).clamp_(max=1)
