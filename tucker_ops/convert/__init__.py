@@ -1,0 +1,17 @@
+"""Conversion of any torch module: choose ranks (plan), substitute (apply), or both (compress)."""
+
+from tucker_ops.convert.apply import apply, apply_with_report, check_runs, compress, substitute
+from tucker_ops.convert.config import CompressionConfig
+from tucker_ops.convert.plan import LayerPlan, Plan, plan
+
+__all__ = [
+    "CompressionConfig",
+    "LayerPlan",
+    "Plan",
+    "apply",
+    "apply_with_report",
+    "check_runs",
+    "compress",
+    "plan",
+    "substitute",
+]

@@ -1,0 +1,142 @@
+"""From a configuration to ranks: the rank policies of `tucker_ops.decompose.ranks`, applied to a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tucker_ops.convert.config import CompressionConfig
+from tucker_ops.convert.rules import not_cheaper
+from tucker_ops.cost import Cost
+from tucker_ops.decompose import Spectrum
+from tucker_ops.decompose.ranks import Options, allocate, energy_rank, factor_rank, rank_grid
+from tucker_ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tucker_ops.convert.plan import LayerPlan
+
+Ranks = tuple[int, int]
+CostOf = Callable[[str, Ranks], Cost]
+
+
+def choose_ranks(
+    layers: Mapping[str, LayerPlan],
+    spectra: Mapping[str, Spectrum | None],
+    tucker: CostOf,
+    total_params: int,
+    config: CompressionConfig,
+) -> dict[str, LayerPlan]:
+    """`layers` with ranks, cost and expected error, or a reason, for each of the layers in `spectra`.
+
+    A spectrum of None stands for weights that are not there; all policies but `factor` need them. Raises
+    ConfigError without them, or for a budget that cannot be met.
+    """
+    absent = [name for name, values in spectra.items() if values is None]
+    if absent and config.policy != "factor":
+        raise ConfigError(
+            f"{config.policy}= chooses ranks by the weights, but those of {absent[0]} are on the meta "
+            "device; load the weights first, or use factor="
+        )
+    if config.policy in ("params", "macs"):
+        chosen = _by_budget(layers, spectra, tucker, total_params, config)
+    else:
+        chosen = {name: _by_rule(layers[name], values, config) for name, values in spectra.items()}
+
+    result = dict(layers)
+    for name, ranks in chosen.items():
+        layer = layers[name]
+        if isinstance(ranks, str):
+            result[name] = replace(layer, reason=ranks)
+            continue
+        cost = tucker(name, ranks)
+        reason = not_cheaper(layer.dense, cost, ranks) if config.only_if_cheaper else None
+        if reason is not None:
+            result[name] = replace(layer, reason=reason)
+            continue
+        values = spectra[name]
+        error = None if values is None else values.relative_error(ranks)
+        result[name] = replace(layer, ranks=ranks, tucker=cost, expected_error=error)
+    return result
+
+
+def _by_rule(layer: LayerPlan, values: Spectrum | None, config: CompressionConfig) -> Ranks:
+    limits = {"min_rank": config.min_rank, "align": config.align}
+    if config.policy == "energy":
+        kept_in, kept_out = values.share_kept()
+        return energy_rank(kept_in, config.energy, **limits), energy_rank(kept_out, config.energy, **limits)
+    channels = (layer.spec.in_channels, layer.spec.out_channels)
+    rank_in, rank_out = (factor_rank(c, config.factor, rounding=config.rounding, **limits) for c in channels)
+    return rank_in, rank_out
+
+
+def _by_budget(
+    layers: Mapping[str, LayerPlan],
+    spectra: Mapping[str, Spectrum],
+    tucker: CostOf,
+    total_params: int,
+    config: CompressionConfig,
+) -> dict[str, Ranks | str]:
+    """Ranks, or the reason to stay dense, of each layer under one budget for the whole network."""
+    unit = config.policy
+    asked = getattr(config, unit)
+    total = total_params if unit == "params" else sum(layer.dense.macs for layer in layers.values())
+    budget = asked * total if asked <= 1 else asked
+    fixed = total - sum(getattr(layers[name].dense, unit) for name in spectra)
+
+    choices: dict[str, list[Ranks | None]] = {}
+    options: list[Options] = []
+    for name, values in spectra.items():
+        layer = layers[name]
+        choices[name], option = _options(layer, values, lambda r, name=name: tucker(name, r), config)
+        options.append(option)
+
+    picked = allocate(options, budget - fixed)
+    if picked is None:
+        least = fixed + int(sum(option.cost.min() for option in options))
+        raise ConfigError(
+            f"{unit}={asked:g} asks for at most {int(budget):,} {unit} of the dense network's {total:,}, but "
+            f"it cannot go below {least:,} ({least / total:.4f}) with min_rank {config.min_rank} and the "
+            "layers that stay dense; ask for at least that, or lower min_rank"
+        )
+    chosen: dict[str, Ranks | str] = {}
+    for (name, pairs), index in zip(choices.items(), picked, strict=True):
+        if pairs[index] is not None:
+            chosen[name] = pairs[index]
+        elif len(pairs) == 1:
+            chosen[name] = f"not cheaper at any ranks from {config.min_rank} up"
+        else:
+            chosen[name] = f"the budget of {unit}={asked:g} leaves room for it"
+    return chosen
+
+
+def _options(
+    layer: LayerPlan, values: Spectrum, tucker: Callable[[Ranks], Cost], config: CompressionConfig
+) -> tuple[list[Ranks | None], Options]:
+    """Every pair of ranks the layer may take, and None for staying dense, with cost and squared error.
+
+    The error is relative to the layer's own weights: a norm follows nearly every convolution, so the scale of
+    its weights does not reach the output.
+    """
+    grids = [
+        rank_grid(channels, min_rank=config.min_rank, align=config.align)
+        for channels in (layer.spec.in_channels, layer.spec.out_channels)
+    ]
+    squared = values.squared_errors()
+    pairs: list[Ranks | None] = []
+    cost, error = [], []
+    for ranks in product(*grids):
+        price = tucker(ranks)
+        if config.only_if_cheaper and not_cheaper(layer.dense, price, ranks) is not None:
+            continue
+        pairs.append(ranks)
+        cost.append(getattr(price, config.policy))
+        error.append(float(squared[ranks[0] - 1, ranks[1] - 1]))
+    if config.only_if_cheaper:
+        pairs.append(None)
+        cost.append(getattr(layer.dense, config.policy))
+        error.append(0.0)
+    return pairs, Options(np.array(cost, dtype=np.float64), np.array(error))
