@@ -1,0 +1,52 @@
+#include "isa.h"
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+namespace tucker_ops::cpu {
+namespace {
+
+std::vector<const Kernels*> detect() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    found.push_back(&kernels_avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+#endif
+  found.push_back(&kernels_baseline);
+#if defined(__x86_64__)
+  found.push_back(&kernels_wide);
+#endif
+  return found;
+}
+
+const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> kernels = detect();
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels* select_kernels(const char* name) {
+  if (!name || !*name) return available().front();
+  for (const Kernels* kernels : available())
+    if (!std::strcmp(kernels->name, name)) return kernels;
+  return nullptr;
+}
+
+}  // namespace tucker_ops::cpu
+
+const char* tucker_ops_cpu_isas() {
+  static const std::string names = [] {
+    std::string text;
+    for (const auto* kernels : tucker_ops::cpu::available()) {
+      if (!text.empty()) text += ',';
+      text += kernels->name;
+    }
+    return text;
+  }();
+  return names.c_str();
+}

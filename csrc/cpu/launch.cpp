@@ -1,0 +1,252 @@
+// tucker_ops::_tucker_conv_cpu: unpacks tensors, packs weights, cuts the output into tiles, runs threads.
+//
+// Arguments have been checked in Python; the checks here only guard callers that reach the op without it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "isa.h"
+#include "one_pass.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace tucker_ops::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// The ring and the output plane of a tile should stay in a core's L2 cache, half of the 512 KB that small server
+// cores have; weights and input stream through the other half.
+constexpr int64_t kTileBytes = 256 * 1024;
+constexpr int64_t kMinMacsPerThread = 200'000;
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+Floats allocate(int64_t count) {
+  const int64_t bytes = ceil_div(count * sizeof(float), kAlignment) * kAlignment;
+  return Floats(static_cast<float*>(std::aligned_alloc(kAlignment, std::max(bytes, kAlignment))));
+}
+
+float bfloat16_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// Reads elements of a float32 or bfloat16 tensor by their strides.
+class Reader {
+ public:
+  explicit Reader(const Tensor& tensor)
+      : data_(tensor.const_data_ptr()), bfloat16_(tensor.scalar_type() == ScalarType::BFloat16) {}
+  float operator[](int64_t offset) const {
+    return bfloat16_ ? bfloat16_to_float(static_cast<const uint16_t*>(data_)[offset])
+                     : static_cast<const float*>(data_)[offset];
+  }
+
+ private:
+  const void* data_;
+  bool bfloat16_;
+};
+
+// One reduction axis: `count` steps of `stride` elements.
+struct Axis {
+  int64_t count, stride;
+};
+
+// Packs weight[channel][axes…] into blocks of 2·lanes channels (see OnePass), axes in the order given.
+Floats pack(const Tensor& weight, std::vector<Axis> axes, int64_t lanes) {
+  const int64_t channels = weight.size(0), channel_stride = weight.stride(0);
+  const Reader read(weight);
+  int64_t reduction = 1;
+  for (const Axis& axis : axes) reduction *= axis.count;
+  std::vector<int64_t> offsets{0};
+  for (const Axis& axis : axes) {
+    std::vector<int64_t> next;
+    next.reserve(offsets.size() * axis.count);
+    for (int64_t offset : offsets)
+      for (int64_t i = 0; i < axis.count; ++i) next.push_back(offset + i * axis.stride);
+    offsets.swap(next);
+  }
+  Floats packed = allocate(reduction * ceil_div(channels, 2 * lanes) * 2 * lanes);
+  if (!packed) return packed;
+  float* out = packed.get();
+  for (int64_t c = 0; c < channels; c += 2 * lanes) {
+    const int64_t width = channels - c > lanes ? 2 * lanes : lanes;
+    for (int64_t offset : offsets)
+      for (int64_t lane = 0; lane < width; ++lane)
+        *out++ = c + lane < channels ? read[(c + lane) * channel_stride + offset] : 0.0f;
+  }
+  return packed;
+}
+
+int64_t halo(const Geometry& g, int axis, int64_t extent) {
+  return (extent - 1) * g.stride[axis] + (g.kernel[axis] - 1) * g.dilation[axis] + 1;
+}
+
+Tiles tile_of(const Geometry& g, int64_t rows, int64_t cols) {
+  Tiles t;
+  t.rows = rows;
+  t.cols = cols;
+  t.rows_in = halo(g, 1, rows);
+  t.cols_in = halo(g, 2, cols);
+  t.slots = std::min((g.kernel[0] - 1) * g.dilation[0] + 1, std::max<int64_t>(g.in[0], 1));
+  t.row_tiles = ceil_div(g.out[1], rows);
+  t.col_tiles = ceil_div(g.out[2], cols);
+  return t;
+}
+
+// The tile, among those that fit, whose halo costs least; whole rows unless even a few of them are too many.
+Tiles choose_tiles(const Geometry& g, int64_t lanes) {
+  constexpr int64_t few_rows = 4, few_cols = 16;
+  auto fits = [&](int64_t rows, int64_t cols) {
+    const Tiles t = tile_of(g, rows, cols);
+    return (ring_floats(g, t, lanes) + plane_floats(g, t, lanes)) * int64_t{sizeof(float)} <= kTileBytes;
+  };
+  int64_t cols = g.out[2];
+  while (cols > few_cols && !fits(std::min(few_rows, g.out[1]), cols)) cols = ceil_div(cols, 2);
+  int64_t rows = 1;
+  while (rows < g.out[1] && fits(rows + 1, cols)) ++rows;
+  while (rows == 1 && cols > 1 && !fits(rows, cols)) cols = ceil_div(cols, 2);
+  rows = ceil_div(g.out[1], ceil_div(g.out[1], rows));
+  cols = ceil_div(g.out[2], ceil_div(g.out[2], cols));
+  return tile_of(g, rows, cols);
+}
+
+Strides strides_of(const Tensor& tensor, int64_t ndim) {
+  Strides s{};
+  s.batch = tensor.stride(0);
+  s.channel = tensor.stride(1);
+  for (int64_t axis = 0; axis < ndim; ++axis) s.space[3 - ndim + axis] = tensor.stride(2 + axis);
+  return s;
+}
+
+Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, const Tensor& u_out,
+                   std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation) {
+  const int64_t ndim = core.dim() - 2;
+  STD_TORCH_CHECK((ndim == 2 || ndim == 3) && input.dim() == ndim + 2 && static_cast<int64_t>(stride.size()) == ndim &&
+                      static_cast<int64_t>(padding.size()) == ndim && static_cast<int64_t>(dilation.size()) == ndim,
+                  "tucker_ops::_tucker_conv_cpu: input and geometry must have the core's 2 or 3 spatial axes");
+  const ScalarType dtype = input.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "tucker_ops::_tucker_conv_cpu: computes float32 and bfloat16");
+  for (const Tensor& weight : {u_in, core, u_out, bias.value_or(u_out)})
+    STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.is_cpu() && input.is_cpu(),
+                    "tucker_ops::_tucker_conv_cpu: weights must have the input's dtype and be on the CPU");
+
+  Geometry g{};
+  g.batch = input.size(0);
+  g.in_channels = input.size(1);
+  g.rank_in = core.size(1);
+  g.rank_out = core.size(0);
+  g.out_channels = u_out.size(0);
+  STD_TORCH_CHECK(u_in.dim() == 2 && u_out.dim() == 2 && u_in.size(0) == g.rank_in && u_in.size(1) == g.in_channels &&
+                      u_out.size(1) == g.rank_out && (!bias || bias->numel() == g.out_channels),
+                  "tucker_ops::_tucker_conv_cpu: weights do not fit together");
+  std::vector<int64_t> out_size{g.batch, g.out_channels};
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    const int64_t a = axis - (3 - ndim);
+    g.in[axis] = a < 0 ? 1 : input.size(2 + a);
+    g.kernel[axis] = a < 0 ? 1 : core.size(2 + a);
+    g.stride[axis] = a < 0 ? 1 : stride[a];
+    g.padding[axis] = a < 0 ? 0 : padding[a];
+    g.dilation[axis] = a < 0 ? 1 : dilation[a];
+    STD_TORCH_CHECK(g.stride[axis] > 0 && g.dilation[axis] > 0 && g.padding[axis] >= 0,
+                    "tucker_ops::_tucker_conv_cpu: bad stride, padding or dilation");
+    const int64_t room = g.in[axis] + 2 * g.padding[axis] - g.dilation[axis] * (g.kernel[axis] - 1) - 1;
+    STD_TORCH_CHECK(room >= 0, "tucker_ops::_tucker_conv_cpu: the kernel does not fit into the padded input");
+    g.out[axis] = room / g.stride[axis] + 1;
+    if (a >= 0) out_size.push_back(g.out[axis]);
+  }
+
+  const MemoryFormat channels_last = ndim == 2 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  const Strides x_strides = strides_of(input, ndim);
+  // The same rule as memory_format in ops/reference.py.
+  auto dense_as_channels_last = [&] {
+    int64_t expected = g.in_channels;
+    if (g.in_channels != 1 && x_strides.channel != 1) return false;
+    for (int64_t axis = 2; axis >= 3 - ndim; --axis) {
+      if (g.in[axis] != 1 && x_strides.space[axis] != expected) return false;
+      expected *= g.in[axis];
+    }
+    return g.batch == 1 || x_strides.batch == expected;
+  };
+  const bool as_channels_last = !input.is_contiguous() && dense_as_channels_last();
+  Tensor output = torch::stable::empty(out_size, dtype, std::nullopt, std::nullopt, std::nullopt,
+                                       as_channels_last ? channels_last : MemoryFormat::Contiguous);
+  if (output.numel() == 0) return output;
+
+  const char* isa = std::getenv("TUCKER_CPU_ISA");
+  const Kernels* kernels = select_kernels(isa);
+  STD_TORCH_CHECK(kernels, "TUCKER_CPU_ISA=", isa, " cannot run on this processor; it has ", tucker_ops_cpu_isas());
+  const int64_t lanes = kernels->lanes;
+
+  // Reduction order of the core: taps, then input ranks.
+  std::vector<Axis> core_axes;
+  for (int64_t axis = 0; axis < ndim; ++axis) core_axes.push_back({core.size(2 + axis), core.stride(2 + axis)});
+  core_axes.push_back({g.rank_in, core.stride(1)});
+  const Floats packed_in = pack(u_in, {{g.in_channels, u_in.stride(1)}}, lanes);
+  const Floats packed_core = pack(core, core_axes, lanes);
+  const Floats packed_out = pack(u_out, {{g.rank_out, u_out.stride(1)}}, lanes);
+  const int64_t padded = ceil_div(g.out_channels, 2 * lanes) * 2 * lanes;
+  const Floats packed_bias = allocate(padded);
+  STD_TORCH_CHECK(packed_in && packed_core && packed_out && packed_bias,
+                  "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
+  std::fill_n(packed_bias.get(), padded, 0.0f);
+  if (bias) {
+    const Reader read(*bias);
+    for (int64_t c = 0; c < g.out_channels; ++c) packed_bias[c] = read[c * bias->stride(0)];
+  }
+
+  OnePass pass{};
+  pass.g = g;
+  pass.tiles = choose_tiles(g, lanes);
+  pass.x = input.const_data_ptr();
+  pass.y = output.mutable_data_ptr();
+  pass.x_strides = x_strides;
+  pass.y_strides = strides_of(output, ndim);
+  pass.u_in = packed_in.get();
+  pass.core = packed_core.get();
+  pass.u_out = packed_out.get();
+  pass.bias = packed_bias.get();
+
+  const int64_t units = g.batch * pass.tiles.row_tiles * pass.tiles.col_tiles * g.out[0];
+  const int64_t macs_per_voxel = g.rank_in * g.rank_out * g.kernel[0] * g.kernel[1] * g.kernel[2] +
+                                 g.rank_out * g.out_channels + g.rank_in * g.in_channels;
+  const int64_t grain = std::max<int64_t>(
+      1, kMinMacsPerThread / std::max<int64_t>(1, macs_per_voxel * pass.tiles.rows * pass.tiles.cols));
+  const auto run = dtype == ScalarType::Float ? kernels->float32 : kernels->bfloat16;
+  const int64_t scratch_size = scratch_floats(g, pass.tiles, lanes);
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    const Floats scratch = allocate(scratch_size);
+    if (scratch) {
+      run(pass, begin, end, scratch.get());
+    } else {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "tucker_ops::_tucker_conv_cpu: no memory for ", scratch_size * 4,
+                  " bytes of scratch per thread");
+  return output;
+}
+
+}  // namespace
+}  // namespace tucker_ops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tucker_ops, CPU, m) {
+  m.impl("_tucker_conv_cpu", TORCH_BOX(&tucker_ops::cpu::tucker_conv));
+}
