@@ -16,11 +16,20 @@ def _supports(problem: Problem) -> Verdict:
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
         )
+    if native.isa() not in native.isas():
+        return Verdict(
+            False,
+            f"{native.ISA_VARIABLE}={native.isa()} cannot run on this processor, which has {native.isas()}",
+        )
     return Verdict(True, "float32 or bfloat16 on the CPU")
 
 
 def _prefers(problem: Problem) -> Verdict:
-    return Verdict(False, "not measured yet")
+    if native.isa() != "avx2":
+        return Verdict(
+            False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
+        )
+    return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
 
 
 def _run(*args) -> torch.Tensor:

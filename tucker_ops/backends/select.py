@@ -8,7 +8,6 @@ raises with the reason. Nothing is tuned or timed here, so tracing and capturing
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from torch import Tensor
 
@@ -120,9 +119,6 @@ def _verdict(backend: Backend, problem: Problem) -> Verdict:
     return backend.prefers(problem)
 
 
-_choose_cached = lru_cache(maxsize=4096)(choose)
-
-
 def _tucker_conv(
     input: Tensor,
     u_in: Tensor,
@@ -136,7 +132,7 @@ def _tucker_conv(
     backend: str | None = None,
 ) -> Tensor:
     problem = problem_of(input, u_in, core, u_out, bias, stride, padding, dilation)
-    run = _choose_cached(problem, backend).run
+    run = choose(problem, backend).run
     geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
     return run(input, u_in, core, u_out, bias, *geometry)
 

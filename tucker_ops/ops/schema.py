@@ -46,7 +46,7 @@ def _(input, u_in, core, u_out, bias, stride, padding, dilation):
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
-    input, u_in, core, u_out, bias, stride, padding, dilation = inputs
+    input, u_in, core, u_out, _bias, stride, padding, dilation = inputs
     ctx.save_for_backward(input, u_in, core, u_out)
     ctx.geometry = (list(stride), list(padding), list(dilation))
 
