@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+class StoredDtype(str, Enum):
+    source = "source"
+    float32 = "float32"
+    float16 = "float16"
+
 
 ModelArgument = Annotated[
     Path, typer.Argument(help="nnU-Net model folder: dataset.json, plans.json, fold_*/.")
@@ -73,6 +81,103 @@ def _options(
 
 
 @app.command()
+def compress(
+    source: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the compressed model.")],
+    factor: Annotated[
+        float | None,
+        typer.Option("--factor", help="Rank of each layer as a fraction of its channels [default: 0.5]."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Share of the singular-value energy to keep.")
+    ] = None,
+    params: Annotated[
+        float | None,
+        typer.Option("--params", help="Budget of parameters: a fraction up to 1, else a number."),
+    ] = None,
+    macs: Annotated[
+        float | None,
+        typer.Option("--macs", help="Budget of multiply-accumulates: a fraction up to 1, else a number."),
+    ] = None,
+    min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
+    align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    dtype: Annotated[
+        StoredDtype, typer.Option("--dtype", help="Of the stored weights: the source's, float32 or float16.")
+    ] = StoredDtype.source,
+    skip_transposed: Annotated[
+        bool, typer.Option("--skip-transposed", help="Leave transposed convolutions dense.")
+    ] = False,
+    keep_expensive: Annotated[
+        bool, typer.Option("--keep-expensive", help="Factorise layers that do not get cheaper, too.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Compress a trained model into a folder that stock nnU-Net predicts with.
+
+    SOURCE may also be a folder of several models, as TotalSegmentator keeps them; their names survive.
+
+    Example: tucker-ops compress nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres
+    -o hippocampus_half --factor 0.5
+    """
+    import torch
+
+    from tucker_ops.convert import CompressionConfig
+    from tucker_ops.nnunet.compress import compress_tree, plan_folder
+    from tucker_ops.nnunet.tables import summary_table
+
+    budget = {"factor": factor, "energy": energy, "params": params, "macs": macs}
+    budget = {name: value for name, value in budget.items() if value is not None} or {"factor": 0.5}
+    config = CompressionConfig(
+        **budget,
+        min_rank=min_rank,
+        align=align,
+        skip_transposed=skip_transposed,
+        only_if_cheaper=not keep_expensive,
+    )
+    if dry_run:
+        plan = plan_folder(source, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
+        console().print(plan)
+        return
+    with case_progress("Compressing") as progress:
+        manifests = compress_tree(
+            source, output, config, folds=fold, checkpoint=checkpoint,
+            dtype=None if dtype is StoredDtype.source else getattr(torch, dtype.value),
+            force=force, trust=trust_checkpoint, progress=progress,
+        )  # fmt: skip
+    for path, manifest in manifests.items():
+        console().print(manifest.plan)
+        console().print(summary_table(manifest))
+        console().print(
+            f"Written to {path}; nnU-Net predicts with it as with any other model folder.", soft_wrap=True
+        )
+
+
+@app.command()
+def explain(
+    model: ModelArgument,
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    device: DeviceOption = "cpu",
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Show each layer's ranks and error, or why it is dense, and which backend would run it on this machine.
+
+    Example: tucker-ops explain hippocampus_half --device cpu
+    """
+    import tucker_ops
+    from tucker_ops.nnunet.explain import explain_folder
+    from tucker_ops.nnunet.tables import explanation_table
+
+    layers = explain_folder(model, folds=fold, checkpoint=checkpoint, device=device, trust=trust_checkpoint)
+    console().print(explanation_table(layers))
+    console().print(str(tucker_ops.backends()), highlight=False)
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Option("--model", "-m", help="Model folder, dense or compressed.")],
     images: Annotated[Path, typer.Option("--input", "-i", help="Folder of images named CASE_0000.nii.gz.")],
@@ -107,7 +212,8 @@ def predict(
     if summary.peak_cuda_bytes:
         memory += f", {summary.peak_cuda_bytes / 1e9:.2f} GB on the GPU"
     console().print(
-        f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to {summary.output}"
+        f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to "
+        f"{summary.output}"
     )
 
 

@@ -1,7 +1,8 @@
 """nnU-Net: compress trained model folders, predict with them. Needs ``pip install tucker-ops[nnunet]``.
 
-Modules: `folder` and `checkpoint` read what nnU-Net wrote; `networks` holds the classes that plans.json names;
-`compress` writes the compressed folder and `manifest` describes it; `predict` runs nnU-Net's own predictor.
+Modules: `folder` and `checkpoint` read what nnU-Net wrote; `networks` holds the classes that plans.json
+names; `compress` writes the compressed folder and `manifest` describes it; `predict` runs nnU-Net's own
+predictor.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _PUBLIC = {
     "Manifest": "manifest",
     "read_manifest": "manifest",
     "compress_folder": "compress",
+    "compress_tree": "compress",
     "PredictionSummary": "predict",
     "predict_folder": "predict",
 }

@@ -13,7 +13,18 @@ from tucker_ops.errors import ModelFolderError, UnsupportedArchitectureError
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 
 DEFAULT_CHECKPOINT = "checkpoint_final.pth"
-OLD_FORMAT_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+# What stood in a configuration before nnU-Net 2.4 in place of the architecture block.
+OLD_FORMAT_KEYS = (
+    "UNet_class_name",
+    "UNet_base_num_features",
+    "unet_max_num_features",
+    "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder",
+    "num_pool_per_axis",
+    "pool_op_kernel_sizes",
+    "conv_kernel_sizes",
+)
+UNETS = ("PlainConvUNet", "ResidualEncoderUNet")
 
 Fold = int | str
 
@@ -22,9 +33,9 @@ Fold = int | str
 class ModelFolder:
     """One trained configuration as nnU-Net stores it.
 
-    ``checkpoints`` maps each fold to the names of its checkpoint files. ``architecture`` is nnU-Net's block of
-    ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, also where the plans are of the older
-    format that has none. ``patch_size`` in voxels, one extent per spatial axis.
+    ``checkpoints`` maps each fold to the names of its checkpoint files. ``architecture`` is nnU-Net's block
+    of ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, also where the plans are of the
+    older format that has none. ``patch_size`` in voxels, one extent per spatial axis.
     """
 
     path: Path
@@ -68,9 +79,9 @@ def read_model_folder(
 ) -> ModelFolder:
     """Read the description of a trained model; the checkpoint of the first fold names its configuration.
 
-    Raises ModelFolderError where `path` is no model folder or lacks a fold or checkpoint, CheckpointError for an
-    unreadable checkpoint (`trust` as in `read_checkpoint`), UnsupportedArchitectureError for plans of the older
-    format with an unknown network.
+    Raises ModelFolderError where `path` is no model folder or lacks a fold or checkpoint, CheckpointError
+    for an unreadable checkpoint (`trust` as in `read_checkpoint`), UnsupportedArchitectureError for plans
+    of the older format with an unknown network.
     """
     path = Path(path)
     _check_is_model_folder(path)
@@ -85,12 +96,19 @@ def read_model_folder(
 
 
 def find_model_folders(path: str | Path) -> list[Path]:
-    """Model folders at `path` or up to two levels below it, sorted (nnU-Net's results and TotalSegmentator's)."""
+    """Model folders at `path` or up to two levels below it, sorted (nnU-Net's results and
+    TotalSegmentator's).
+    """
     path = Path(path)
-    if _missing_parts(path) == []:
+    if is_model_folder(path):
         return [path]
     found = [p.parent for pattern in ("*/plans.json", "*/*/plans.json") for p in path.glob(pattern)]
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether nnU-Net's files are there, whatever is in them."""
+    return not _missing_parts(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -180,7 +198,8 @@ def _describe(
     available = list(plans.get("configurations", {}))
     if configuration not in available:
         raise ModelFolderError(
-            f"the checkpoint was trained with configuration {configuration!r}, but {path / 'plans.json'} holds "
+            f"the checkpoint was trained with configuration {configuration!r}, but "
+            f"{path / 'plans.json'} holds "
             f"{', '.join(available) or 'none'}; restore the plans.json of this model"
         )
     manager = PlansManager(plans)
@@ -200,7 +219,7 @@ def _describe(
             configuration=configuration,
             trainer_name=trainer_name,
             architecture={
-                "network_class_name": architecture["network_class_name"],
+                "network_class_name": _canonical(architecture["network_class_name"]),
                 "arch_kwargs": architecture["arch_kwargs"],
                 "_kw_requires_import": architecture["_kw_requires_import"],
             },
@@ -214,10 +233,22 @@ def _describe(
         ) from error
 
 
+def _canonical(network_class_name: str) -> str:
+    """Where dynamic_network_architectures really has the class.
+
+    nnunetv2 translates plans of the older format to a module that is gone (``residual_unet``), and then
+    finds the class by importing every module of that package, timm and torchvision included.
+    """
+    package, _, name = network_class_name.rpartition(".")
+    if package.split(".")[0] == "dynamic_network_architectures" and name in UNETS:
+        return f"dynamic_network_architectures.architectures.unet.{name}"
+    return network_class_name
+
+
 def _check_old_format(path: Path, configuration: Mapping[str, Any]) -> None:
     name = configuration.get("UNet_class_name")
-    if "architecture" not in configuration and name not in OLD_FORMAT_NETWORKS:
+    if "architecture" not in configuration and name not in UNETS:
         raise UnsupportedArchitectureError(
             f"{path / 'plans.json'} names the network {name!r}; plans of the older format are understood for "
-            f"{' and '.join(OLD_FORMAT_NETWORKS)}"
+            f"{' and '.join(UNETS)}"
         )

@@ -11,8 +11,8 @@ from tucker_ops.errors import ModelFolderError, ShapeError
 def find_cases(folder: str | Path, file_ending: str, channels: int) -> dict[str, list[Path]]:
     """Channel files per case, both sorted.
 
-    Raises ModelFolderError where no image of this ending is there, ShapeError where a case has not exactly the
-    channels 0 to `channels` - 1.
+    Raises ModelFolderError where no image of this ending is there, ShapeError where a case has not exactly
+    the channels 0 to `channels` - 1.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,8 +1,9 @@
 """nnU-Net's networks with factorised convolutions, to be named in plans.json.
 
-nnU-Net resolves ``architecture.network_class_name`` by import, passes ``arch_kwargs`` on, and loads the checkpoint
-strictly. The names differ from those of dynamic_network_architectures on purpose: where tucker_ops is not
-installed nnU-Net looks for the same name there, and must fail rather than build the dense network.
+nnU-Net resolves ``architecture.network_class_name`` by import, passes ``arch_kwargs`` on, and loads the
+checkpoint strictly. The names differ from those of dynamic_network_architectures on purpose: where
+tucker_ops is not installed nnU-Net looks for the same name there, and must fail rather than build the dense
+network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class TuckerPlainConvUNet(PlainConvUNet):
 
 
 class TuckerResidualEncoderUNet(ResidualEncoderUNet):
-    """ResidualEncoderUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as there."""
+    """ResidualEncoderUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as
+    there.
+    """
 
     def __init__(self, *args: Any, tucker: Mapping[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -41,7 +44,8 @@ TUCKER_CLASSES = {"PlainConvUNet": TuckerPlainConvUNet, "ResidualEncoderUNet": T
 def _substitute(network: nn.Module, tucker: Mapping[str, Any]) -> None:
     if tucker.get("version") != TUCKER_VERSION:
         raise ConfigError(
-            f"plans.json holds a Tucker description of version {tucker.get('version')}, this tucker_ops reads "
+            f"plans.json holds a Tucker description of version {tucker.get('version')}, this "
+            "tucker_ops reads "
             f"version {TUCKER_VERSION}; install the tucker_ops that wrote the model"
         )
     convert.substitute(
@@ -81,7 +85,9 @@ def check_architecture(network_class_name: str) -> str:
 def build_network(
     architecture: Mapping[str, Any], input_channels: int, num_outputs: int, *, deep_supervision: bool = False
 ) -> nn.Module:
-    """The network of an architecture block, built by nnU-Net's own `get_network_from_plans`, weights random."""
+    """The network of an architecture block, built by nnU-Net's own `get_network_from_plans`, weights
+    random.
+    """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     return get_network_from_plans(

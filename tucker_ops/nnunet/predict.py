@@ -99,10 +99,10 @@ def predict_folder(
     """Segment every case of `input_dir`; `cases` names some of them.
 
     Cases are predicted one after the other in this process, by nnU-Net's `predict_from_files_sequential`; a
-    segmentation appears in `output_dir` only once it is complete. `progress` is called with the case, how many
-    are done, and how many there are. All checks come before the first prediction. Raises those errors of
-    `load_predictor` and `find_cases`, OutputExistsError for segmentations that exist (unless `overwrite`), and
-    OutputWriteError; torch.OutOfMemoryError passes unchanged.
+    segmentation appears in `output_dir` only once it is complete. `progress` is called with the case, how
+    many are done, and how many there are. All checks come before the first prediction. Raises those errors
+    of `load_predictor` and `find_cases`, OutputExistsError for segmentations that exist (unless
+    `overwrite`), and OutputWriteError; torch.OutOfMemoryError passes unchanged.
     """
     output_dir = Path(output_dir)
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
@@ -116,8 +116,8 @@ def predict_folder(
     if not overwrite:
         _check_absent([output_dir / f"{case}{ending}" for case in images])
     predictor = load_predictor(
-        model_dir, folds=folds, checkpoint=checkpoint, device=device, mirroring=mirroring, step_size=step_size,
-        trust=trust,
+        model_dir, folds=folds, checkpoint=checkpoint, device=device, mirroring=mirroring,
+        step_size=step_size, trust=trust,
     )  # fmt: skip
 
     seconds: dict[str, float] = {}

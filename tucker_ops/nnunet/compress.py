@@ -1,0 +1,314 @@
+"""Compress a trained nnU-Net model folder into one that stock nnU-Net loads and predicts with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tucker_ops import convert
+from tucker_ops.convert import CompressionConfig, Plan
+from tucker_ops.cost import Cost
+from tucker_ops.errors import (
+    ConfigError,
+    DtypeError,
+    OutputExistsError,
+    UnsupportedArchitectureError,
+)
+from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256
+from tucker_ops.nnunet.folder import (
+    DEFAULT_CHECKPOINT,
+    OLD_FORMAT_KEYS,
+    Fold,
+    ModelFolder,
+    find_model_folders,
+    is_model_folder,
+    read_model_folder,
+)
+from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, Totals, installed_versions
+from tucker_ops.nnunet.networks import build_network, check_architecture, tucker_architecture
+from tucker_ops.nnunet.staging import Staging, check_destination, staged_folder
+from tucker_ops.nnunet.verify import probe, verify_folder
+
+Progress = Callable[[str, int, int], None]
+
+STORAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+COPIED = ("dataset_fingerprint.json", "NOTICE*", "LICENSE*", "LICENCE*")
+
+
+def load_network(
+    folder: ModelFolder, fold: Fold, checkpoint: str = DEFAULT_CHECKPOINT, *, trust: bool = False
+) -> nn.Module:
+    """The trained network of one fold on the CPU in float32, deep supervision off, in evaluation mode.
+
+    Raises CheckpointError, and UnsupportedArchitectureError where the weights do not fit the network of
+    plans.json.
+    """
+    weights = read_checkpoint(folder.checkpoint_path(fold, checkpoint), trust=trust)["network_weights"]
+    return _load_network(folder, weights)
+
+
+def plan_folder(
+    src: str | Path,
+    config: CompressionConfig,
+    *,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    trust: bool = False,
+) -> Plan:
+    """What `compress_folder` would do, decided on the first fold and the patch size of the plans."""
+    source = _read_source(src, folds, checkpoint, trust)
+    first = source.select_folds(folds, checkpoint)[0]
+    return _plan(source, load_network(source, first, checkpoint, trust=trust), config)
+
+
+def compress_folder(
+    src: str | Path,
+    dst: str | Path,
+    config: CompressionConfig,
+    *,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Factorise the convolutions of a trained model and write a folder that stock nnU-Net predicts with.
+
+    Ranks are chosen on the first fold and used for all, since plans.json holds one architecture. `dtype` is
+    that of the stored weights, by default the source's. `progress` is called with a label, the steps done,
+    and their number. The result is loaded by nnU-Net and its logits compared before `dst` appears; on any
+    error, or an interrupt, `dst` stays as it was.
+
+    Raises ModelFolderError, CheckpointError, UnsupportedArchitectureError (also for a model that is
+    compressed already), ConfigError, DtypeError, OutputExistsError (unless `force`), OutputWriteError, and
+    ConversionError where the written model does not compute what the one in memory does.
+    """
+    src, dst = Path(src), Path(dst)
+    check_apart(src, dst)
+    check_destination(dst, replaceable=is_model_folder, force=force)
+    source = _read_source(src, folds, checkpoint, trust)
+    if dtype is not None and dtype not in STORAGE_DTYPES:
+        raise DtypeError(
+            f"weights cannot be stored as {dtype}; choose one of {', '.join(map(str, STORAGE_DTYPES))}"
+        )
+    with staged_folder(dst, replaceable=is_model_folder, force=force) as stage:
+        return _Compression(source, config, checkpoint, dtype, trust, stage, progress).run(
+            source.select_folds(folds, checkpoint)
+        )
+
+
+def compress_tree(
+    src: str | Path,
+    dst: str | Path,
+    config: CompressionConfig,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[Path, Manifest]:
+    """`compress_folder` for every model folder at or below `src`, under the same names below `dst`.
+
+    So TotalSegmentator finds the compressed models when TOTALSEG_WEIGHTS_PATH is `dst`. All of `dst`
+    appears or nothing. Takes the options of `compress_folder` and raises its errors; returns the manifests
+    by path.
+    """
+    src, dst = Path(src), Path(dst)
+    models = find_model_folders(src)
+    if models in ([], [src]):
+        return {dst: compress_folder(src, dst, config, force=force, progress=progress, **options)}
+    check_apart(src, dst)
+    manifests = {}
+    with staged_folder(dst, replaceable=lambda path: bool(find_model_folders(path)), force=force) as stage:
+        for model in models:
+            name = model.relative_to(src)
+            manifests[dst / name] = compress_folder(
+                model, stage.path / name, config, progress=_labelled(progress, str(name)), **options
+            )
+    return manifests
+
+
+def _labelled(progress: Progress | None, name: str) -> Progress | None:
+    return None if progress is None else lambda label, done, total: progress(f"{name} {label}", done, total)
+
+
+def check_apart(src: Path, dst: Path) -> None:
+    """Raise OutputExistsError where one of the two folders is, or lies in, the other."""
+    a, b = src.resolve(), dst.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise OutputExistsError(
+            f"the output {dst} and the source {src} overlap; choose an output outside the source"
+        )
+
+
+@dataclass
+class _Compression:
+    """State of one call of `compress_folder`."""
+
+    source: ModelFolder
+    config: CompressionConfig
+    checkpoint: str
+    dtype: torch.dtype | None
+    trust: bool
+    stage: Staging
+    progress: Progress | None
+    plan: Plan | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    expected: dict[Fold, torch.Tensor] = field(default_factory=dict)
+
+    def run(self, folds: tuple[Fold, ...]) -> Manifest:
+        for number, fold in enumerate(folds):
+            self._report(f"fold {fold}", number, len(folds) + 1)
+            dense, tucker = self._compress_fold(fold)
+        self._write_descriptions()
+        self._report("checking with nnU-Net", len(folds), len(folds) + 1)
+        verification = verify_folder(self.stage.path, self.expected, self.source, self.checkpoint)
+        manifest = Manifest(
+            source=self.source.path.resolve().name,
+            source_sha256={
+                f"fold_{fold}/{self.checkpoint}": sha256(self.source.checkpoint_path(fold, self.checkpoint))
+                for fold in folds
+            },
+            configuration=self.source.configuration,
+            trainer_name=self.source.trainer_name,
+            network_class_name=self.architecture["network_class_name"],
+            input_shape=input_shape(self.source),
+            dtype=str(self.dtype).removeprefix("torch."),
+            config=self.config,
+            plan=self.plan,
+            errors=self.errors,
+            dense=dense,
+            tucker=tucker,
+            verification=verification,
+            versions=installed_versions(),
+        )
+        self.stage.write(MANIFEST_NAME, manifest.to_json())
+        self._report("", len(folds) + 1, len(folds) + 1)
+        return manifest
+
+    def _report(self, label: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(label, done, total)
+
+    def _compress_fold(self, fold: Fold) -> tuple[Totals, Totals]:
+        path = self.source.checkpoint_path(fold, self.checkpoint)
+        trained = read_checkpoint(path, trust=self.trust)
+        dtype = self.dtype = self.dtype or _stored_dtype(trained["network_weights"])
+        network = _load_network(self.source, trained["network_weights"])
+        if self.plan is None:
+            self.plan = _plan(self.source, network, self.config)
+            self.architecture = tucker_architecture(self.source.architecture, self.plan.ranks)
+        network, self.errors[str(fold)] = convert.apply_with_report(network, self.plan)
+        weights = cast_weights(network.state_dict(), dtype)
+        if not all(torch.isfinite(w).all() for w in weights.values()):
+            raise DtypeError(f"weights of fold {fold} exceed the range of {dtype}; store them as float32")
+        network.load_state_dict(weights)
+        self.expected[fold] = probe(network, self.source)
+        name = Path(f"fold_{fold}") / self.checkpoint
+        self.stage.write(name, serialise(_prediction_checkpoint(trained, fold, weights)))
+        file = self.stage.path / name
+        return (
+            _totals(self.plan.dense, trained["network_weights"], path),
+            _totals(self.plan.compressed, weights, file),
+        )
+
+    def _write_descriptions(self) -> None:
+        plans = with_architecture(self.source, self.architecture)
+        self.stage.write("plans.json", json.dumps(plans, indent=1).encode())
+        self.stage.write("dataset.json", json.dumps(self.source.dataset_json, indent=1).encode())
+        for path in _accompanying_files(self.source.path):
+            self.stage.write(path.name, path.read_bytes())
+
+
+def _read_source(src: str | Path, folds: Sequence[Fold] | None, checkpoint: str, trust: bool) -> ModelFolder:
+    source = read_model_folder(src, folds=folds, checkpoint=checkpoint, trust=trust)
+    if source.is_compressed:
+        raise UnsupportedArchitectureError(
+            f"{source.path} is compressed already; compress the trained model it was made from"
+        )
+    check_architecture(source.architecture["network_class_name"])
+    return source
+
+
+def _load_network(folder: ModelFolder, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    network = build_network(folder.architecture, folder.input_channels, folder.num_outputs)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = " ".join(str(error).split())[:300]
+        raise UnsupportedArchitectureError(
+            f"the weights in {folder.path} do not fit the network that plans.json describes ({difference}); "
+            f"trainer {folder.trainer_name} may build another one, which tucker_ops does not know"
+        ) from error
+    return network.eval()
+
+
+def _plan(source: ModelFolder, network: nn.Module, config: CompressionConfig) -> Plan:
+    plan = convert.plan(network, config, input_shape=input_shape(source))
+    if not plan.ranks:
+        raise ConfigError(f"no layer of {source.path} is factorised under this configuration:\n{plan}")
+    return plan
+
+
+def input_shape(source: ModelFolder) -> tuple[int, ...]:
+    """[1, C, *patch]: what the network sees of one tile."""
+    return (1, source.input_channels, *source.patch_size)
+
+
+def stored_bytes(weights: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the tensors, counting once those that share storage."""
+    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in weights.values()}.values())
+
+
+def _totals(cost: Cost, weights: Mapping[str, torch.Tensor], file: Path) -> Totals:
+    return Totals(cost.params, cost.macs, stored_bytes(weights), file.stat().st_size)
+
+
+def with_architecture(source: ModelFolder, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """plans.json with another architecture for the configuration of this model; the others keep theirs."""
+    plans = copy.deepcopy(dict(source.plans))
+    configurations = plans["configurations"]
+    for other in configurations.values():
+        if other.get("inherits_from") == source.configuration and "architecture" not in other:
+            other["architecture"] = copy.deepcopy(dict(source.architecture))
+    own = configurations[source.configuration]
+    for key in OLD_FORMAT_KEYS:
+        own.pop(key, None)
+    own["architecture"] = dict(architecture)
+    return plans
+
+
+def _prediction_checkpoint(
+    trained: Mapping[str, Any], fold: Fold, weights: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What prediction needs; the optimizer's state, the log and the copy of the dense plans stay behind."""
+    result = {
+        "network_weights": weights,
+        "trainer_name": trained["trainer_name"],
+        "init_args": {"configuration": trained["init_args"]["configuration"], "fold": fold},
+    }
+    key = "inference_allowed_mirroring_axes"
+    return result | ({key: trained[key]} if key in trained else {})
+
+
+def _stored_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    return next(t.dtype for t in weights.values() if t.is_floating_point())
+
+
+def _accompanying_files(src: Path) -> list[Path]:
+    """Files beside the model that belong to it; notices may lie one level up, in nnU-Net's dataset folder."""
+    folders = [src]
+    if src.resolve().parent.name.startswith("Dataset"):
+        folders.insert(0, src.resolve().parent)
+    found = {
+        p.name: p for folder in folders for pattern in COPIED for p in folder.glob(pattern) if p.is_file()
+    }
+    return list(found.values())

@@ -1,0 +1,105 @@
+"""Per layer of a model folder: ranks, error or the reason it is dense, and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import tucker_ops
+from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
+from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
+from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
+from tucker_ops.nnunet.networks import build_network
+
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """``ranks`` is None for a dense layer, and ``reason`` says why it is; ``error`` is the relative error
+    of the weights, averaged over the folds; ``backend`` what runs the layer and ``backend_reason`` why."""
+
+    name: str
+    kind: str
+    channels: tuple[int, int]
+    input_size: tuple[int, ...]
+    ranks: tuple[int, int] | None
+    error: float | None
+    reason: str
+    backend: str
+    backend_reason: str
+
+
+def explain_folder(
+    model_dir: str | Path,
+    *,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    device: str = "cpu",
+    trust: bool = False,
+) -> list[LayerExplanation]:
+    """Explain the convolutions that run for one patch, in the order in which they run.
+
+    Sizes come from a forward pass without data (torch's meta device), dtypes from how nnU-Net predicts:
+    float32 on the CPU, float16 on CUDA. Raises the errors of `read_model_folder`.
+    """
+    folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
+    manifest = read_manifest(folder.path) if (folder.path / MANIFEST_NAME).is_file() else None
+    network, calls = _trace(folder)
+    reasons = {layer.name: layer.reason for layer in manifest.plan.layers} if manifest else {}
+    errors = manifest.mean_errors() if manifest else {}
+    result = []
+    for name, shape in calls:
+        module = network.get_submodule(name)
+        spec = spec_of(module)
+        ranks = getattr(module, "ranks", None)
+        names = [n for n, m in network.named_modules(remove_duplicate=False) if m is module]
+        backend, why = _backend(module, shape, device)
+        result.append(
+            LayerExplanation(
+                name=next((n for n in names if n in errors or n in reasons), name),
+                kind=("transposed " if spec.transposed else "") + "×".join(map(str, spec.kernel_size)),
+                channels=(spec.in_channels, spec.out_channels),
+                input_size=shape[2:],
+                ranks=ranks,
+                error=next((errors[n] for n in names if n in errors), None),
+                reason="" if ranks else _why_dense(names, reasons, manifest),
+                backend=backend,
+                backend_reason=why,
+            )
+        )
+    return result
+
+
+def _trace(folder: ModelFolder) -> tuple[nn.Module, list[tuple[str, tuple[int, ...]]]]:
+    """The network on the meta device, and (name, input shape) of each convolution call of one patch."""
+    network = build_network(folder.architecture, folder.input_channels, folder.num_outputs).to("meta").eval()
+    calls = []
+    for name, module in network.named_modules():
+        if isinstance(module, CONVOLUTIONS) or hasattr(module, "ranks"):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: calls.append((name, tuple(inputs[0].shape)))
+            )
+    network(torch.empty((1, folder.input_channels, *folder.patch_size), device="meta"))
+    return network, calls
+
+
+def _why_dense(names: list[str], reasons: Mapping[str, str | None], manifest: Manifest | None) -> str:
+    if manifest is None:
+        return "the model is not compressed"
+    return next((reasons[n] for n in names if reasons.get(n)), "no reason recorded")
+
+
+def _backend(module: nn.Module, shape: tuple[int, ...], device: str) -> tuple[str, str]:
+    if not isinstance(module, TuckerConv2d | TuckerConv3d):
+        return "torch", "torch's own convolution" + ("s" if hasattr(module, "ranks") else "")
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    problem = replace(module.problem(shape), device=torch.device(device).type, dtype=dtype)
+    explanation = tucker_ops.explain(problem)
+    others = [f"{name}: {v.reason}" for name, v in explanation.verdicts.items() if name != explanation.chosen]
+    chosen = explanation.verdicts[explanation.chosen].reason
+    return explanation.chosen, chosen if explanation.verdicts[explanation.chosen].ok else "; ".join(others)
