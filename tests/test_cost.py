@@ -73,7 +73,7 @@ def published(request):
 
 
 def as_printed(value: float, printed: str) -> str:
-    """`value` to the decimals of `printed` by way of three: the table was rounded twice (9.2447, 9.245, 9.25)."""
+    """`value` to the decimals of `printed` by way of three: it was rounded twice (9.2447, 9.245, 9.25)."""
     three = Decimal(repr(value)).quantize(Decimal("0.001"), ROUND_HALF_UP)
     return str(three.quantize(Decimal(printed), ROUND_HALF_UP))
 
