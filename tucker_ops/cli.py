@@ -1,4 +1,4 @@
-"""The command line: ``tucker-ops compress | predict | explain``.
+"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | demo``.
 
 Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at once.
 """
@@ -215,6 +215,123 @@ def predict(
         f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to "
         f"{summary.output}"
     )
+
+
+@app.command()
+def evaluate(
+    prediction: Annotated[Path, typer.Option("--pred", "-p", help="Folder of segmentations.")],
+    reference: Annotated[Path, typer.Option("--reference", "-r", help="Folder of labels.")],
+    dense: Annotated[
+        Path | None,
+        typer.Option("--dense", help="Segmentations of the dense model: show the agreement with them, too."),
+    ] = None,
+    dataset_json: Annotated[
+        Path | None,
+        typer.Option("--dataset-json", help="Names the classes [default: the one in or above --pred]."),
+    ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Let labels without a prediction pass.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures to this file, too.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --json.")] = False,
+) -> None:
+    """Dice per class and case, counted by nnU-Net's own code.
+
+    A class that a case lacks in both segmentations has no Dice there and does not count in the means.
+
+    Example: tucker-ops evaluate -p segmentations -r labelsTs --dense segmentations_dense
+    """
+    from tucker_ops.nnunet.evaluate import evaluate_folder, write_json
+    from tucker_ops.nnunet.report.tables import case_table, evaluation_table
+
+    evaluations = {}
+    for name, folder in {"labels": reference, "dense": dense}.items():
+        if folder is None:
+            continue
+        with case_progress(f"Comparing with {name}") as progress:
+            evaluations[name] = evaluate_folder(
+                prediction, folder, dataset_json=dataset_json, allow_missing=allow_missing, progress=progress
+            )
+    if json_file is not None:
+        write_json(evaluations, json_file, force=force)
+    for name, evaluation in evaluations.items():
+        console().print(case_table(evaluation, f"Dice against {name}", most_columns=8).rich())
+    console().print(evaluation_table({f"against {name}": e for name, e in evaluations.items()}).rich())
+
+
+@app.command()
+def report(
+    models: Annotated[list[Path], typer.Argument(help="Compressed model folders, all of one source.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")],
+    source: Annotated[
+        Path | None, typer.Option("--source", help="The dense model, to measure forward times.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Images, for the overlay.")] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help="Labels, for the accuracy.")] = None,
+    dense_prediction: Annotated[
+        Path | None, typer.Option("--dense-pred", help="Segmentations of the dense model.")
+    ] = None,
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option("--pred", help="Segmentations of the compressed model; repeat it for several models."),
+    ] = None,
+    case: Annotated[
+        str | None, typer.Option("--case", help="Case of the overlay [default: the one in the middle].")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure forward times (needs --source).")
+    ] = True,
+    device: DeviceOption = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier report.")] = False,
+) -> None:
+    """Size, ranks, errors, accuracy and speed of compressed models as a page with figures.
+
+    A part that needs something not given is left out, and the report says why.
+
+    Example: tucker-ops report hippocampus_half --source dense_model --images imagesTs --labels labelsTs
+    --dense-pred segmentations_dense --pred segmentations -o report
+    """
+    from tucker_ops.nnunet.report import Inputs, write_report
+
+    inputs = Inputs(
+        models=models, source=source, images=images, labels=labels, dense_prediction=dense_prediction,
+        predictions=predictions or (), case=case, measure_speed=speed, device=device,
+    )  # fmt: skip
+    with case_progress("Measuring") as progress:
+        result = write_report(inputs, output, force=force, progress=progress)
+    console().print(result.summary.rich())
+    for part, reason in result.missing.items():
+        console().print(f"Left out: {part}; {reason}", highlight=False)
+    console().print(f"Report: {result.page}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all that it makes.")] = Path(
+        "demo_out"
+    ),
+    example: Annotated[
+        Path | None, typer.Option("--example", help="The folder examples/hippocampus of a checkout.")
+    ] = None,
+    cases: Annotated[
+        int | None, typer.Option("--cases", help="Predict only the first of the ten cases.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write into a folder that holds other things, too.")
+    ] = False,
+) -> None:
+    """Compress the trained hippocampus model that comes with the source, and show what was gained and lost.
+
+    Example: tucker-ops demo -o demo_out
+    """
+    from tucker_ops.nnunet.demo import demo as run_demo
+
+    with case_progress("Demo") as progress:
+        result = run_demo(output, example=example, cases=cases, force=force, progress=progress)
+    console().print(result.report.summary.rich())
+    console().print(f"Report: {result.report.page.resolve()}", soft_wrap=True)
 
 
 class case_progress:

@@ -1,0 +1,9 @@
+"""A report on compressed models: size, ranks, errors, accuracy, speed, and one slice to look at.
+
+`build` gathers and writes; `layers`, `speed` and the evaluation supply what is known; `figures`, `overlay`,
+`tables` and `page` show it.
+"""
+
+from tucker_ops.nnunet.report.build import Inputs, Report, write_report
+
+__all__ = ["Inputs", "Report", "write_report"]

@@ -1,0 +1,134 @@
+"""Tables of the report: plain rows that the terminal and the page both show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tucker_ops.nnunet.evaluate import Evaluation
+from tucker_ops.nnunet.report.layers import Layer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Rows of text; the first column holds names, the others figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def rich(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One line of the comparison: a value per model, dense first, and how to write it.
+
+    ``compare`` is "ratio" (to the dense value), "difference", or "" for neither. Missing values are None.
+    """
+
+    name: str
+    values: Sequence[float | None]
+    pattern: str
+    compare: str = "ratio"
+
+
+def comparison_table(title: str, models: Sequence[str], quantities: Sequence[Quantity]) -> TextTable:
+    """A column per model, each but the first followed by its ratio to (or difference from) the first."""
+    columns = ["", models[0]]
+    for name in models[1:]:
+        columns += [name, "to dense"]
+    rows = []
+    for quantity in quantities:
+        first = quantity.values[0]
+        row = [quantity.name, _format(first, quantity.pattern)]
+        for value in quantity.values[1:]:
+            row += [_format(value, quantity.pattern), _against(value, first, quantity.compare)]
+        rows.append(row)
+    return TextTable(title, columns, rows)
+
+
+def evaluation_table(evaluations: Mapping[str, Evaluation]) -> TextTable:
+    """Mean Dice per class, a column per evaluation; the last row is the mean over the classes."""
+    names = list(evaluations)
+    classes = list(dict.fromkeys(c for e in evaluations.values() for c in e.classes))
+    rows = [[c, *(_format(e.per_class.get(c), "{:.4f}") for e in evaluations.values())] for c in classes]
+    rows.append(["mean", *(_format(e.mean, "{:.4f}") for e in evaluations.values())])
+    cases = len(next(iter(evaluations.values())).per_case)
+    return TextTable(f"Dice, mean of {cases} cases", ["class", *names], rows)
+
+
+def case_table(evaluation: Evaluation, title: str, *, most_columns: int | None = None) -> TextTable:
+    """Dice of every case and class; of more than `most_columns` classes only the mean and the lowest."""
+    table = evaluation.per_case
+    if most_columns is not None and len(table.columns) > most_columns:
+        rows = []
+        for case, values in table.iterrows():
+            lowest = values.idxmin() if values.notna().any() else None
+            low = (_format(values[lowest], "{:.4f}"), lowest) if lowest is not None else ("–", "–")
+            rows.append([str(case), _format(values.mean(), "{:.4f}"), *low])
+        return TextTable(title, ["case", "mean of classes", "lowest", "class of the lowest"], rows)
+    rows = [[str(case), *(_format(v, "{:.4f}") for v in values)] for case, values in table.iterrows()]
+    return TextTable(title, ["case", *table.columns], rows)
+
+
+def layer_table(title: str, layers: Sequence[Layer]) -> TextTable:
+    """Kernel, channels, ranks, costs and error of each layer, or the reason why it is dense."""
+    rows = []
+    for layer in layers:
+        kernel = "×".join(map(str, layer.kernel_size)) + (" transposed" if layer.transposed else "")
+        if any(s != 1 for s in layer.stride):
+            kernel += " /" + "×".join(map(str, layer.stride))
+        rows.append(
+            [
+                layer.name,
+                kernel,
+                f"{layer.channels[0]} → {layer.channels[1]}",
+                f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "dense",
+                f"{layer.dense_params:,}",
+                f"{layer.params:,}",
+                f"{layer.dense_macs / 1e6:,.1f}",
+                f"{layer.macs / 1e6:,.1f}",
+                _format(layer.error, "{:.3f}"),
+                layer.reason or "",
+            ]
+        )
+    columns = [
+        "layer",
+        "kernel /stride",
+        "channels",
+        "ranks in, out",
+        "params",
+        "→",
+        "MMACs",
+        "→",
+        "error",
+        "why dense",
+    ]
+    return TextTable(title, columns, rows)
+
+
+def _format(value: float | None, pattern: str) -> str:
+    return "–" if value is None or np.isnan(value) else pattern.format(value)
+
+
+def _against(value: float | None, first: float | None, compare: str) -> str:
+    if value is None or first is None or np.isnan(value) or np.isnan(first) or not compare:
+        return ""
+    if compare == "difference":
+        return f"{value - first:+.4f}"
+    return f"{value / first:.3f}×" if first else ""
