@@ -55,7 +55,7 @@ NETWORKS = {
 
 
 def relative(a, b):
-    return float(torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b))
+    return (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
 
 
 def modules_by_alias(model):
@@ -230,13 +230,6 @@ def broken_last(model):
         (lambda: nnunet((16, 24)), "has no convolution"),
         (lambda: nnunet(n_conv_per_stage=3), "another model"),
         (lambda: nnunet(conv_bias=False), "another model"),
-        (
-            lambda: (
-                nn.utils.parametrizations.weight_norm(nnunet().encoder.stages[1][0].convs[0].conv)
-                and nnunet((8,) * 3)
-            ),
-            "another",
-        ),
         (lambda: nnunet().to("meta"), "meta"),
     ],
 )
@@ -268,7 +261,7 @@ def test_layers_reached_behind_the_back_of_the_module_tree_undo_the_conversion()
     model = Hidden()
     decided = plan(model, HALF)
     before = snapshot(model)
-    with pytest.raises(ConversionError, match="'conv' ran 1 time.*0 time"):
+    with pytest.raises(ConversionError, match=r"'conv' ran 1 time.*0 time"):
         apply(model, decided)
     assert snapshot(model) == before
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from tucker_ops.convert import rules
 from tucker_ops.convert.config import CompressionConfig, check_version
@@ -173,7 +174,7 @@ def plan(
         layers[name] = LayerPlan(name, aliases, spec, use.calls, dense, reason=reason)
 
     spectra = {name: _spectrum(name, convs[name]) for name, layer in layers.items() if layer.reason is None}
-    total_params = sum(p.numel() for p in model.parameters())
+    total_params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
     def tucker(name: str, ranks: tuple[int, int]) -> Cost:
         spec = layers[name].spec
