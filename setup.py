@@ -1,0 +1,140 @@
+"""Build of tucker_ops. Everything is described in pyproject.toml and CMakeLists.txt; this file joins them.
+
+Environment variables
+    TUCKER_NATIVE=1     the compiled extension must build, or the installation fails
+    TUCKER_NATIVE=0     do not build it; the reference backend works, and `tucker_ops.backends()` says why
+                        the others do not
+    (unset)             build it if that works; else install without it and note the reason
+    CXX                 the C++20 compiler, as for CMake
+    TUCKER_SANITIZE     e.g. address,undefined
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+STATUS = "_build_status.json"
+
+
+class Unbuildable(Exception):
+    """The extension cannot be built here; the message says why."""
+
+
+def compiler() -> str:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        if shutil.which(candidate.split()[0]):
+            return candidate
+    raise Unbuildable(f"no C++ compiler found (looked for {', '.join(candidates)}); install one, or set CXX")
+
+
+def cmake() -> str:
+    if importlib.util.find_spec("cmake") is not None:
+        import cmake
+
+        return str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    found = shutil.which("cmake")
+    if found is None:
+        raise Unbuildable("CMake 3.25 or newer not found; `pip install cmake`")
+    return found
+
+
+def ninja() -> list[str]:
+    found = shutil.which("ninja")
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        found = str(Path(ninja.BIN_DIR) / "ninja")
+    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={found}"] if found else []
+
+
+def torch_folder() -> tuple[str, Path]:
+    # Asked of a fresh interpreter: importing torch here would tie the build to its import side effects.
+    code = "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if result.returncode:
+        raise Unbuildable("torch is not importable in the build environment; install torch 2.11 or newer first")
+    version, folder = result.stdout.split("\n")[:2]
+    return version, Path(folder)
+
+
+def build_native(target: Path) -> str:
+    """Compile into `target`; returns a line on what was built, raises Unbuildable otherwise."""
+    cxx = compiler()
+    torch_version, torch_path = torch_folder()
+    # One folder per torch and interpreter: isolated and plain builds would otherwise spoil each other's cache.
+    key = hashlib.sha256(f"{torch_path}{sys.executable}{cxx}".encode()).hexdigest()[:8]
+    build = ROOT / "build" / f"{sysconfig.get_platform()}-torch{torch_version}-{key}"
+    configure = [
+        *(cmake(), "-S", str(ROOT), "-B", str(build), *ninja()),
+        f"-DCMAKE_INSTALL_PREFIX={target}",
+        f"-DTORCH_DIR={torch_path}",
+        f"-DPYTHON_EXECUTABLE={sys.executable}",
+        f"-DTUCKER_SANITIZE={os.environ.get('TUCKER_SANITIZE', '')}",
+    ]
+    # CMake reads CXX from the environment at the first configuration.
+    environment = {**os.environ, "CXX": cxx}
+    for command in (configure, [cmake(), "--build", str(build)], [cmake(), "--install", str(build)]):
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        print(result.stdout)
+        if result.returncode:
+            errors = [line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
+            raise Unbuildable((errors or result.stdout.splitlines() or ["no output"])[0].strip())
+    return f"compiled by {cxx} against torch {torch_version}"
+
+
+class BuildNative(build_ext):
+    """Delegates to CMake and notes the outcome beside the package's code."""
+
+    def run(self) -> None:
+        target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "tucker_ops"
+        target.mkdir(parents=True, exist_ok=True)
+        mode = os.environ.get("TUCKER_NATIVE", "")
+        for stale in [*target.glob("libtucker_ops_native.so"), *target.glob("_host.*.so")]:
+            stale.unlink()
+        try:
+            if mode == "0":
+                raise Unbuildable("switched off by TUCKER_NATIVE=0 at installation")
+            status = {"native": "built", "reason": build_native(target)}
+        except Unbuildable as error:
+            if mode == "1":
+                raise SystemExit(f"tucker_ops: TUCKER_NATIVE=1, but the extension does not build: {error}") from None
+            status = {"native": "absent", "reason": str(error)}
+            print(f"tucker_ops: installing without the compiled extension: {error}", file=sys.stderr)
+        (target / STATUS).write_text(json.dumps(status, indent=1) + "\n")
+
+    def get_outputs(self) -> list[str]:
+        target = Path(self.build_lib) / "tucker_ops"
+        return [str(path) for path in (*target.glob("*.so"), target / STATUS)]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+def version() -> str:
+    text = (ROOT / "tucker_ops" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+setup(
+    version=version(),
+    # Without sources: it only tells setuptools that the wheel belongs to one platform.
+    ext_modules=[Extension("tucker_ops._native", sources=[])],
+    cmdclass={"build_ext": BuildNative},
+)
