@@ -50,12 +50,11 @@ def short_name(name: str) -> str:
 
 def layers_of(manifest: Manifest) -> list[Layer]:
     """The layers of a compressed model in the order in which the plan holds them."""
-    folds = list(manifest.errors.values())
+    errors = manifest.mean_errors()
     result = []
     for planned in manifest.plan.layers:
         spec, kept_dense = planned.spec, planned.ranks is None
         cost = planned.dense if kept_dense else planned.tucker
-        errors = [fold[planned.name] for fold in folds if planned.name in fold]
         result.append(
             Layer(
                 name=planned.name,
@@ -70,7 +69,7 @@ def layers_of(manifest: Manifest) -> list[Layer]:
                 macs=cost.macs,
                 ranks=planned.ranks,
                 reason=planned.reason,
-                error=sum(errors) / len(errors) if errors else None,
+                error=errors.get(planned.name),
             )
         )
     return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from tucker_ops.nnunet.segmentations import Class, Dataset, check_same_grid, rea
 
 CLASS_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 FILL_OPACITY = 0.45
+# Leaves out the metal and bone that would darken the organs of a CT.
+WINDOW_PERCENTILES = (1, 98)
 # A plane is worth looking at if its slices are at least this share of the thickest there are.
 COARSEST_PLANE = 0.5
 
@@ -90,8 +92,8 @@ def overlay_figure(
     background = _plane(image.array, chosen)
     planes = {name: _plane(volume.array, chosen) for name, volume in volumes.items()}
     aspect = _aspect(image.spacing, chosen.axis)
-    colours = _colours(dataset.classes)
     present = [n for n, c in dataset.classes.items() if any(_mask(p, c).any() for p in planes.values())]
+    colours = _colours(present)
 
     rows, columns = background.shape
     panel_width = 2.6
@@ -101,7 +103,7 @@ def overlay_figure(
         figsize=(panel_width * (1 + len(planes)), panel_height + 0.75 + 0.25 * legend_rows),
         layout="constrained",
     )
-    low, high = np.percentile(background, (1, 99.5))
+    low, high = np.percentile(background, WINDOW_PERCENTILES)
     window = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "aspect": aspect}
     axes = figure.subplots(1, 1 + len(planes), squeeze=False)[0]
     for panel, name in zip(axes, ("image", *planes), strict=True):
@@ -142,8 +144,8 @@ def _mask(plane: np.ndarray, key: Class) -> np.ndarray:
     return region_or_label_to_mask(plane, key)
 
 
-def _colours(classes: Mapping[str, Class]) -> dict[str, str]:
-    """Okabe and Ito's colours, or, where there are more classes than those, evenly spaced hues."""
+def _colours(classes: Sequence[str]) -> dict[str, str]:
+    """Okabe and Ito's colours, or, for more classes than those, hues spread over the spectrum."""
     if len(classes) <= len(CLASS_COLOURS):
         return dict(zip(classes, CLASS_COLOURS, strict=False))
     from matplotlib import colormaps
