@@ -26,7 +26,7 @@ class CompressionConfig:
         params: parameters of the whole network; up to 1 a fraction of the dense network's, above it absolute.
         macs: multiply-accumulates of all convolutions for one input; read like `params`. Absolute values
             need `input_shape` in `plan`.
-    The last two share one budget out among all layers, where the weights' relative error falls most per unit.
+    The last two share one budget out among all layers, where it keeps most of the weights' energy per unit.
 
     Left dense, apart from what cannot be factorised:
         only_if_cheaper: layers whose factorised form is not cheaper in both parameters and MACs.

@@ -116,16 +116,17 @@ def _by_budget(
 def _options(
     layer: LayerPlan, values: Spectrum, tucker: Callable[[Ranks], Cost], config: CompressionConfig
 ) -> tuple[list[Ranks | None], Options]:
-    """Every pair of ranks the layer may take, and None for staying dense, with cost and squared error.
+    """Every pair of ranks the layer may take, and None for staying dense, with cost and error.
 
-    The error is relative to the layer's own weights: a norm follows nearly every convolution, so the scale of
-    its weights does not reach the output.
+    The error is -log of the share of the layer's energy that is kept. Shares, because a norm follows nearly
+    every convolution and takes its scale away; logarithms, because layers come one after the other, so that
+    shares multiply. A sum of relative errors would wipe out a large layer to spare many small ones.
     """
     grids = [
         rank_grid(channels, min_rank=config.min_rank, align=config.align)
         for channels in (layer.spec.in_channels, layer.spec.out_channels)
     ]
-    squared = values.squared_errors()
+    lost = -(1 - values.squared_errors()).clamp(min=1e-12).log()
     pairs: list[Ranks | None] = []
     cost, error = [], []
     for ranks in product(*grids):
@@ -134,7 +135,7 @@ def _options(
             continue
         pairs.append(ranks)
         cost.append(getattr(price, config.policy))
-        error.append(float(squared[ranks[0] - 1, ranks[1] - 1]))
+        error.append(float(lost[ranks[0] - 1, ranks[1] - 1]))
     if config.only_if_cheaper:
         pairs.append(None)
         cost.append(getattr(layer.dense, config.policy))
