@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import pydoc
@@ -352,7 +353,7 @@ def test_prints_every_layer_with_ranks_or_reason():
 
 
 def test_table_for_rich():
-    console = pytest.importorskip("rich.console").Console(width=300, record=True, file=open("/dev/null", "w"))
+    console = pytest.importorskip("rich.console").Console(width=300, record=True, file=io.StringIO())
     decided = plan(nnunet())
     console.print(decided)
     text = console.export_text()
