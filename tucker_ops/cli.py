@@ -127,7 +127,7 @@ def compress(
 
     from tucker_ops.convert import CompressionConfig
     from tucker_ops.nnunet.compress import compress_tree, plan_folder
-    from tucker_ops.nnunet.tables import summary_table
+    from tucker_ops.nnunet.tables import plan_table, summary_table
 
     budget = {"factor": factor, "energy": energy, "params": params, "macs": macs}
     budget = {name: value for name, value in budget.items() if value is not None} or {"factor": 0.5}
@@ -140,7 +140,7 @@ def compress(
     )
     if dry_run:
         plan = plan_folder(source, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
-        console().print(plan)
+        console().print(plan_table(plan))
         return
     with case_progress("Compressing") as progress:
         manifests = compress_tree(
@@ -149,7 +149,7 @@ def compress(
             force=force, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     for path, manifest in manifests.items():
-        console().print(manifest.plan)
+        console().print(plan_table(manifest.plan, manifest.mean_errors()))
         console().print(summary_table(manifest))
         console().print(
             f"Written to {path}; nnU-Net predicts with it as with any other model folder.", soft_wrap=True
@@ -347,7 +347,8 @@ class case_progress:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[label]}"),
-            console=console(stderr=True),
+            console=(out := console(stderr=True)),
+            disable=not out.is_terminal,
         )
 
     def __enter__(self):

@@ -78,6 +78,7 @@ def test_every_voxel_has_logits(compressed):
 def test_mirroring_and_folds(tmp_path, images, calls):
     source = make_model(tmp_path / "src", folds=(0, 1))
     compress_folder(source, tmp_path / "dst", HALF)
+    calls.clear()
     summary = predict_folder(tmp_path / "dst", images, tmp_path / "out", cases=["b"])
     assert (summary.cases, summary.folds) == (("b",), (0, 1))
     assert set(calls.values()) == {TILES["b"] * 8 * 2}
@@ -205,18 +206,21 @@ def test_cascade(tmp_path, tiny_model, images):
         predict_folder(tiny_model, images, tmp_path / "out")
 
 
-def stock_prediction(model: Path, images: Path, output: Path) -> None:
+def stock_prediction(model: Path, images: Path, output: Path, repo_root: Path) -> None:
     """nnU-Net's own command in a fresh process, which meets tucker_ops through plans.json only."""
     command = Path(sys.executable).with_name("nnUNetv2_predict_from_modelfolder")
     arguments = "-f 0 -device cpu -npp 1 -nps 1 --disable_tta --disable_progress_bar".split()
-    subprocess.run(
+    done = subprocess.run(
         [str(command), "-i", str(images), "-o", str(output), "-m", str(model), *arguments],
-        check=True, capture_output=True, text=True, env=os.environ | {"nnUNet_compile": "f"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(repo_root)},
+    )
+    assert done.returncode == 0, done.stderr
 
 
-def test_stock_nnunet_predicts_the_same(tmp_path, compressed, images):
-    stock_prediction(compressed, images, tmp_path / "stock")
+def test_stock_nnunet_predicts_the_same(tmp_path, compressed, images, repo_root):
+    stock_prediction(compressed, images, tmp_path / "stock", repo_root)
     predict_folder(compressed, images, tmp_path / "ours", mirroring=False)
     for case in ("a", "b"):
         stock, ours = (segmentation(tmp_path / n / f"{case}.nii.gz") for n in ("stock", "ours"))

@@ -92,7 +92,8 @@ def _check_content(path: Path, checkpoint: Any) -> None:
             f"{path} lacks {', '.join(missing)}, which nnU-Net's checkpoints hold; "
             "give a checkpoint_*.pth that nnU-Net version 2 wrote"
         )
-    for name, tensor in checkpoint["network_weights"].items():
+    unique = {(t.data_ptr(), t.shape): (name, t) for name, t in checkpoint["network_weights"].items()}
+    for name, tensor in unique.values():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{path}: the weights {name} hold infinite or undefined values; retrain the model"

@@ -14,6 +14,7 @@ from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tucker_ops.nnunet.networks import build_network
+from tucker_ops.types import ConvSpec
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -24,8 +25,7 @@ class LayerExplanation:
     of the weights, averaged over the folds; ``backend`` what runs the layer and ``backend_reason`` why."""
 
     name: str
-    kind: str
-    channels: tuple[int, int]
+    spec: ConvSpec
     input_size: tuple[int, ...]
     ranks: tuple[int, int] | None
     error: float | None
@@ -62,8 +62,7 @@ def explain_folder(
         result.append(
             LayerExplanation(
                 name=next((n for n in names if n in errors or n in reasons), name),
-                kind=("transposed " if spec.transposed else "") + "×".join(map(str, spec.kernel_size)),
-                channels=(spec.in_channels, spec.out_channels),
+                spec=spec,
                 input_size=shape[2:],
                 ranks=ranks,
                 error=next((errors[n] for n in names if n in errors), None),

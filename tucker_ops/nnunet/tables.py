@@ -1,15 +1,34 @@
-"""Tables that the command line prints."""
+"""Tables that the command line prints; they fit a terminal of 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
+from tucker_ops.convert import Plan
 from tucker_ops.nnunet.explain import LayerExplanation
 from tucker_ops.nnunet.manifest import Manifest
+from tucker_ops.types import ConvSpec
 
 WEAKEST = 3
+
+
+def plan_table(plan: Plan, errors: Mapping[str, float] | None = None) -> Group:
+    """One row per convolution: shape, ranks, parameters and millions of MACs as planned, relative error of
+    the weights; below, why layers are dense. `errors` are the achieved ones; by default the expected.
+    """
+    table = _table("params", "MMAC", "error")
+    for layer in plan.layers:
+        error = (errors or {}).get(layer.name, layer.expected_error) if layer.ranks else None
+        numbers = (f"{layer.cost.params:,}", f"{layer.cost.macs / 1e6:,.0f}", _number(error))
+        table.add_row(layer.name, _shape(layer.spec), _ranks(layer.ranks), *numbers)
+    dense = ((layer.reason or "", layer.name) for layer in plan.layers if not layer.ranks)
+    return Group(table, *_reasons("Dense", dense), *plan.notes)
 
 
 def summary_table(manifest: Manifest) -> Table:
@@ -36,22 +55,45 @@ def summary_table(manifest: Manifest) -> Table:
     return table
 
 
-def explanation_table(layers: Sequence[LayerExplanation]) -> Table:
-    """One row per convolution in the order of running."""
-    table = Table(title="Convolutions of one patch, in the order in which they run")
-    table.add_column("layer", overflow="fold")
-    for name in ("kernel", "channels", "input", "ranks", "error", "backend"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why")
+def explanation_table(layers: Sequence[LayerExplanation]) -> Group:
+    """One row per convolution in the order of running; below, why layers are dense and who runs the rest."""
+    table = _table("error", "backend")
     for layer in layers:
-        table.add_row(
-            layer.name,
-            layer.kind,
-            "{}→{}".format(*layer.channels),
-            "×".join(map(str, layer.input_size)),
-            "{}, {}".format(*layer.ranks) if layer.ranks else "dense",
-            "" if layer.error is None else f"{layer.error:.3f}",
-            layer.backend,
-            layer.backend_reason if layer.ranks else f"dense: {layer.reason}",
-        )
+        row = (layer.name, _shape(layer.spec), _ranks(layer.ranks), _number(layer.error), layer.backend)
+        table.add_row(*row)
+    dense = ((layer.reason, layer.name) for layer in layers if not layer.ranks)
+    runs = ((f"{layer.backend}: {layer.backend_reason}", layer.name) for layer in layers if layer.ranks)
+    return Group(table, *_reasons("Dense", dense), *_reasons("Run by", runs))
+
+
+def _table(*numbers: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for name in ("shape", "ranks", *numbers):
+        table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def _shape(spec: ConvSpec) -> str:
+    arrow = "⇑" if spec.transposed else "→"
+    return f"{spec.in_channels}{arrow}{spec.out_channels} {'×'.join(map(str, spec.kernel_size))}"
+
+
+def _ranks(ranks: tuple[int, int] | None) -> str:
+    return "{}, {}".format(*ranks) if ranks else "dense"
+
+
+def _number(error: float | None) -> str:
+    return "" if error is None else f"{error:.3f}"
+
+
+def _reasons(label: str, pairs: Iterable[tuple[str, str]]) -> list[Padding]:
+    """Each reason once, with the layers it holds for."""
+    layers: dict[str, list[str]] = {}
+    for reason, name in pairs:
+        layers.setdefault(reason, []).append(name)
+    texts = [
+        Text(f"{label}, {reason}: {names[0] if len(names) == 1 else f'{len(names)} layers'}")
+        for reason, names in layers.items()
+    ]
+    return [Padding(text, (0, 0, 0, 1)) for text in texts]
