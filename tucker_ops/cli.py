@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -362,6 +363,7 @@ class case_progress:
 
 def main() -> None:
     """Entry point. An error that tucker_ops raises on purpose is one message and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         app()
     except TuckerOpsError as error:

@@ -166,10 +166,10 @@ class _Compression:
 
     def run(self, folds: tuple[Fold, ...]) -> Manifest:
         for number, fold in enumerate(folds):
-            self._report(f"fold {fold}", number, len(folds) + 1)
-            dense, tucker = self._compress_fold(fold)
+            dense, tucker = self._compress_fold(fold, number, len(folds))
         self._write_descriptions()
-        self._report("checking with nnU-Net", len(folds), len(folds) + 1)
+        steps = len(folds) * len(self.plan.ranks)
+        self._report("checking with nnU-Net", steps, steps + 1)
         verification = verify_folder(self.stage.path, self.expected, self.source, self.checkpoint)
         manifest = Manifest(
             source=self.source.path.resolve().name,
@@ -191,22 +191,30 @@ class _Compression:
             versions=installed_versions(),
         )
         self.stage.write(MANIFEST_NAME, manifest.to_json())
-        self._report("", len(folds) + 1, len(folds) + 1)
+        self._report("", steps + 1, steps + 1)
         return manifest
 
     def _report(self, label: str, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress(label, done, total)
 
-    def _compress_fold(self, fold: Fold) -> tuple[Totals, Totals]:
+    def _compress_fold(self, fold: Fold, number: int, folds: int) -> tuple[Totals, Totals]:
         path = self.source.checkpoint_path(fold, self.checkpoint)
         trained = read_checkpoint(path, trust=self.trust)
         dtype = self.dtype = self.dtype or _stored_dtype(trained["network_weights"])
         network = _load_network(self.source, trained["network_weights"])
         if self.plan is None:
+            self._report("choosing ranks", 0, 1)
             self.plan = _plan(self.source, network, self.config)
             self.architecture = tucker_architecture(self.source.architecture, self.plan.ranks)
-        network, self.errors[str(fold)] = convert.apply_with_report(network, self.plan)
+        layers = len(self.plan.ranks)
+        network, self.errors[str(fold)] = convert.apply_with_report(
+            network,
+            self.plan,
+            progress=lambda done, _, name: self._report(
+                f"fold {fold} {name}", number * layers + done, folds * layers + 1
+            ),
+        )
         weights = cast_weights(network.state_dict(), dtype)
         if not all(torch.isfinite(w).all() for w in weights.values()):
             raise DtypeError(f"weights of fold {fold} exceed the range of {dtype}; store them as float32")
