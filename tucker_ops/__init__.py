@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 
 from tucker_ops.backends.select import backends
+from tucker_ops.decompose import TuckerFactors, decompose
 from tucker_ops.functional import explain, tucker_conv
 
 __version__ = "0.1.0"
 
-# Imported at first use, so that `import tucker_ops` needs torch alone and stays quick.
+# `backends` and `decompose` are functions here and packages below: imported now, so that the functions win.
+# The rest is imported at first use, so that `import tucker_ops` needs torch alone and stays quick.
 _LAZY = {
     "nn": ("tucker_ops.nn", None),
-    "decompose": ("tucker_ops.decompose", "decompose"),
-    "TuckerFactors": ("tucker_ops.decompose", "TuckerFactors"),
     "CompressionConfig": ("tucker_ops.convert", "CompressionConfig"),
     "Plan": ("tucker_ops.convert", "Plan"),
     "plan": ("tucker_ops.convert", "plan"),
@@ -21,7 +21,7 @@ _LAZY = {
     "compress": ("tucker_ops.convert", "compress"),
 }
 
-__all__ = ["__version__", "backends", "explain", "tucker_conv", *_LAZY]
+__all__ = ["TuckerFactors", "__version__", "backends", "decompose", "explain", "tucker_conv", *_LAZY]
 
 
 def __getattr__(name: str):

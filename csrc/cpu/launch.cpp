@@ -28,6 +28,7 @@ constexpr int64_t kAlignment = 64;
 // cores have; weights and input stream through the other half.
 constexpr int64_t kTileBytes = 256 * 1024;
 constexpr int64_t kMinMacsPerThread = 200'000;
+constexpr int64_t kMinPackedPerThread = 20'000;
 
 struct Free {
   void operator()(float* p) const { std::free(p); }
@@ -39,39 +40,33 @@ Floats allocate(int64_t count) {
   return Floats(static_cast<float*>(std::aligned_alloc(kAlignment, std::max(bytes, kAlignment))));
 }
 
-float bfloat16_to_float(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+float to_float(float value) { return value; }
+float to_float(uint16_t bfloat16) {
+  const uint32_t wide = static_cast<uint32_t>(bfloat16) << 16;
   float value;
   __builtin_memcpy(&value, &wide, sizeof(value));
   return value;
 }
-
-// Reads elements of a float32 or bfloat16 tensor by their strides.
-class Reader {
- public:
-  explicit Reader(const Tensor& tensor)
-      : data_(tensor.const_data_ptr()), bfloat16_(tensor.scalar_type() == ScalarType::BFloat16) {}
-  float operator[](int64_t offset) const {
-    return bfloat16_ ? bfloat16_to_float(static_cast<const uint16_t*>(data_)[offset])
-                     : static_cast<const float*>(data_)[offset];
-  }
-
- private:
-  const void* data_;
-  bool bfloat16_;
-};
 
 // One reduction axis: `count` steps of `stride` elements.
 struct Axis {
   int64_t count, stride;
 };
 
+// weight[channel][offset] for a block of `width` channels, of which the first `count` exist.
+template <class T>
+void pack_block(const T* weight, int64_t channel_stride, const std::vector<int64_t>& offsets, int64_t count,
+                int64_t width, float* out) {
+  for (int64_t offset : offsets) {
+    for (int64_t lane = 0; lane < count; ++lane) out[lane] = to_float(weight[lane * channel_stride + offset]);
+    for (int64_t lane = count; lane < width; ++lane) out[lane] = 0.0f;
+    out += width;
+  }
+}
+
 // Packs weight[channel][axes…] into blocks of 2·lanes channels (see OnePass), axes in the order given.
-Floats pack(const Tensor& weight, std::vector<Axis> axes, int64_t lanes) {
-  const int64_t channels = weight.size(0), channel_stride = weight.stride(0);
-  const Reader read(weight);
-  int64_t reduction = 1;
-  for (const Axis& axis : axes) reduction *= axis.count;
+Floats pack(const Tensor& weight, const std::vector<Axis>& axes, int64_t lanes) {
+  const int64_t channels = weight.size(0), stride = weight.stride(0);
   std::vector<int64_t> offsets{0};
   for (const Axis& axis : axes) {
     std::vector<int64_t> next;
@@ -80,15 +75,23 @@ Floats pack(const Tensor& weight, std::vector<Axis> axes, int64_t lanes) {
       for (int64_t i = 0; i < axis.count; ++i) next.push_back(offset + i * axis.stride);
     offsets.swap(next);
   }
-  Floats packed = allocate(reduction * ceil_div(channels, 2 * lanes) * 2 * lanes);
+  const int64_t reduction = offsets.size(), block = 2 * lanes, blocks = ceil_div(channels, block);
+  Floats packed = allocate(reduction * blocks * block);
   if (!packed) return packed;
-  float* out = packed.get();
-  for (int64_t c = 0; c < channels; c += 2 * lanes) {
-    const int64_t width = channels - c > lanes ? 2 * lanes : lanes;
-    for (int64_t offset : offsets)
-      for (int64_t lane = 0; lane < width; ++lane)
-        *out++ = c + lane < channels ? read[(c + lane) * channel_stride + offset] : 0.0f;
-  }
+  const bool is_float = weight.scalar_type() == ScalarType::Float;
+  const void* data = weight.const_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, kMinPackedPerThread / (reduction * block));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t c = b * block, count = std::min(block, channels - c), width = count > lanes ? block : lanes;
+      float* out = packed.get() + c * reduction;
+      if (is_float) {
+        pack_block(static_cast<const float*>(data) + c * stride, stride, offsets, count, width, out);
+      } else {
+        pack_block(static_cast<const uint16_t*>(data) + c * stride, stride, offsets, count, width, out);
+      }
+    }
+  });
   return packed;
 }
 
@@ -202,14 +205,10 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   const Floats packed_core = pack(core, core_axes, lanes);
   const Floats packed_out = pack(u_out, {{g.rank_out, u_out.stride(1)}}, lanes);
   const int64_t padded = ceil_div(g.out_channels, 2 * lanes) * 2 * lanes;
-  const Floats packed_bias = allocate(padded);
+  const Floats packed_bias = bias ? pack(*bias, {}, lanes) : allocate(padded);
   STD_TORCH_CHECK(packed_in && packed_core && packed_out && packed_bias,
                   "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
-  std::fill_n(packed_bias.get(), padded, 0.0f);
-  if (bias) {
-    const Reader read(*bias);
-    for (int64_t c = 0; c < g.out_channels; ++c) packed_bias[c] = read[c * bias->stride(0)];
-  }
+  if (!bias) std::fill_n(packed_bias.get(), padded, 0.0f);
 
   OnePass pass{};
   pass.g = g;

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tucker_ops.backends import native
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.types import Problem
+
+FEWEST_VOXELS = 100
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -25,9 +29,20 @@ def _supports(problem: Problem) -> Verdict:
 
 
 def _prefers(problem: Problem) -> Verdict:
+    # What `python -m bench.survey` measured against three torch convolutions on a processor with AVX2.
     if native.isa() != "avx2":
         return Verdict(
             False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
+        )
+    if math.prod(problem.kernel_size) == 1:
+        return Verdict(
+            False, "the core has one tap: three matrix products, where torch's libraries measure faster"
+        )
+    voxels = problem.batch * math.prod(problem.output_size)
+    if voxels < FEWEST_VOXELS:
+        return Verdict(
+            False,
+            f"{voxels} output voxels, fewer than {FEWEST_VOXELS}: packing the weights costs more than it saves",
         )
     return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
 

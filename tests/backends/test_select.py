@@ -1,0 +1,86 @@
+"""Choice of backend: by name, by predicate, with reasons."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tucker_ops
+from tucker_ops.backends import native, select
+from tucker_ops.backends.base import Verdict
+from tucker_ops.errors import BackendError
+from tucker_ops.nn import TuckerConv3d
+
+MODULE = TuckerConv3d(32, 32, 3, (16, 16), padding=1)
+PROBLEM = MODULE.problem((1, 32, 64, 64, 64))
+
+
+def with_cpu(monkeypatch, **changes):
+    cpu, reference = select.ORDER
+    monkeypatch.setattr(select, "ORDER", (replace(cpu, **changes), reference))
+
+
+def test_the_table_prints_a_reason_for_every_backend():
+    table = tucker_ops.backends()
+    assert [name for name, _, _ in table] == ["cpu", "reference"]
+    assert all(reason for _, _, reason in table)
+    assert table["reference"].ok
+    assert "reference" in str(table)
+    with pytest.raises(KeyError):
+        table["gpu"]
+
+
+@pytest.mark.parametrize("predicate", ["available", "supports", "prefers"])
+def test_automatic_choice_falls_back_and_says_why(monkeypatch, predicate):
+    yes, no = (lambda *_: Verdict(True, "yes")), (lambda *_: Verdict(False, "the moon is full"))
+    predicates = {name: yes for name in ("available", "supports", "prefers")}
+    with_cpu(monkeypatch, **{**predicates, predicate: no})
+    explanation = tucker_ops.explain(PROBLEM)
+    assert explanation.chosen == "reference"
+    assert "the moon is full" in str(explanation)
+    with_cpu(monkeypatch, **predicates)
+    assert tucker_ops.explain(PROBLEM).chosen == "cpu"
+
+
+def test_a_named_backend_runs_even_where_it_is_not_preferred(monkeypatch):
+    yes, no = (lambda *_: Verdict(True, "yes")), (lambda *_: Verdict(False, "slower"))
+    with_cpu(monkeypatch, available=yes, supports=yes, prefers=no)
+    assert tucker_ops.explain(PROBLEM, backend="cpu").chosen == "cpu"
+
+
+def test_explain_takes_the_arguments_of_the_call():
+    x = torch.randn(1, 32, 4, 4, 4)
+    explanation = tucker_ops.explain(x, MODULE.u_in, MODULE.core, MODULE.u_out, MODULE.bias, padding=1)
+    assert explanation.problem == MODULE.problem(x.shape)
+    assert "32→32 channels, ranks (16, 16), kernel 3×3×3" in str(explanation)
+
+
+def test_unpreferred_problems_go_to_the_reference():
+    """The kinds of problem on which the one-pass kernel measured slower than three convolutions."""
+    if not native.load() or native.isa() != "avx2":
+        pytest.skip("the choice rests on measurements with the avx2 kernels, which are not in use here")
+    pointwise = TuckerConv3d(256, 256, 1, (128, 128)).problem((1, 256, 8, 8, 8))
+    assert tucker_ops.explain(pointwise).chosen == "reference"
+    assert tucker_ops.explain(PROBLEM).chosen == "cpu"
+
+
+def test_an_instruction_set_that_was_not_timed_is_not_chosen(monkeypatch):
+    if not native.load():
+        pytest.skip(native.load().reason)
+    monkeypatch.setenv(native.ISA_VARIABLE, "baseline")
+    explanation = tucker_ops.explain(PROBLEM)
+    assert explanation.chosen == "reference"
+    assert "not with baseline" in explanation.verdicts["cpu"].reason
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    if not native.load():
+        pytest.skip(native.load().reason)
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx1024")
+    assert "avx1024" in tucker_ops.explain(PROBLEM).verdicts["cpu"].reason
+    with pytest.raises(BackendError, match="avx1024"):
+        MODULE.cpu()
+        x = torch.randn(1, 32, 3, 3, 3)
+        tucker_ops.tucker_conv(x, MODULE.u_in, MODULE.core, MODULE.u_out, backend="cpu")

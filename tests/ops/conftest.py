@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tucker_ops.backends import native
+
+
+@pytest.fixture
+def poisoned():
+    """Every uninitialised tensor is filled with NaN, so that an element nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline", "wide"])
+def isa(request, monkeypatch):
+    """Runs the test once with every set of CPU kernels that this processor has."""
+    if not native.load():
+        pytest.skip(native.load().reason)
+    if request.param not in native.isas():
+        pytest.skip(f"this processor cannot run the {request.param} kernels, only {native.isas()}")
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
