@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tucker_ops.errors import TuckerOpsError
+from tucker_ops.errors import ConfigError, TuckerOpsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -306,6 +306,42 @@ def report(
     for part, reason in result.missing.items():
         console().print(f"Left out: {part}; {reason}", highlight=False)
     console().print(f"Report: {result.page}", soft_wrap=True)
+
+
+@app.command()
+def bench(
+    problems: Annotated[str, typer.Option("--set", help="Problems to run: small or full.")] = "small",
+    problem: Annotated[
+        list[str] | None, typer.Option("--problem", help="Only this one of the set; repeat it.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder [default: bench/results/latest].")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace earlier results in the output.")] = False,
+) -> None:
+    """Time the op against dense and three separate convolutions on nnU-Net's layers; needs the repository.
+
+    Example: tucker-ops bench --problem stage0 --problem decoder0 -o bench_out
+    """
+    import subprocess
+
+    import tucker_ops
+
+    roots = (Path(tucker_ops.__file__).resolve().parents[1], Path.cwd())
+    root = next((root for root in roots if (root / "bench" / "bench_op.py").exists()), None)
+    if root is None:
+        raise ConfigError(
+            "the benchmarks are not part of the installed package: clone the repository and run this "
+            "from its "
+            f"top folder (looked for bench/ in {' and '.join(map(str, roots))})"
+        )
+    command = [sys.executable, "-m", "bench", "--set", problems]
+    command += [f"--problem={name}" for name in problem or []]
+    if output is not None:
+        command += ["--output", str(output.absolute())]
+    if force:
+        command.append("--force")
+    raise typer.Exit(subprocess.run(command, cwd=root).returncode)
 
 
 @app.command()
