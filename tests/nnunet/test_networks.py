@@ -137,9 +137,10 @@ except ImportError as error:
 """
 
 
-def test_import_error_without_tucker_ops(models):
+def test_import_error_without_tucker_ops(tmp_path, tiny_model):
     """The dense network must not be built in silence."""
+    compress_folder(tiny_model, tmp_path / "dst", HALF)
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TUCKER_OPS, str(models[1].path)], capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_TUCKER_OPS, str(tmp_path / "dst")], capture_output=True, text=True
     )
     assert "ImportError: Network class could not be found" in done.stdout, done.stderr

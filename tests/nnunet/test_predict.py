@@ -17,7 +17,14 @@ from tiny import make_model, write_image
 
 import tucker_ops.decompose
 from tucker_ops.convert import CompressionConfig
-from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, ShapeError
+from tucker_ops.errors import (
+    ConfigError,
+    DeviceError,
+    ModelFolderError,
+    OutputExistsError,
+    OutputWriteError,
+    ShapeError,
+)
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 from tucker_ops.nnunet.compress import compress_folder
 from tucker_ops.nnunet.manifest import read_manifest
@@ -148,6 +155,27 @@ def test_out_of_memory_passes_unchanged(tmp_path, compressed, images, monkeypatc
         predict_folder(compressed, images, tmp_path / "out")
     assert caught.value is problem
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["SimpleITK", "system"])
+def test_full_disk(tmp_path, compressed, images, monkeypatch, kind):
+    write = SimpleITK.WriteImage
+
+    def refuse(image, path, *rest):
+        if kind == "SimpleITK":
+            return write(image, str(tmp_path / "no such folder" / "a.nii.gz"), *rest)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SimpleITK, "WriteImage", refuse)
+    with pytest.raises(OutputWriteError, match=r"b\.nii\.gz cannot be written .*choose another output"):
+        predict_folder(compressed, images, tmp_path / "out", cases=["b"], mirroring=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_trainer_that_nnunet_does_not_know(tmp_path, images):
+    model = make_model(tmp_path / "src", trainer="nnUNetTrainerOfSomebodyElse")
+    with pytest.raises(ModelFolderError, match=r"nnUNetTrainerOfSomebodyElse.*nnUNet_extTrainer"):
+        predict_folder(model, images, tmp_path / "out")
 
 
 def test_no_images(tmp_path, compressed):

@@ -262,7 +262,11 @@ def _load_network(folder: ModelFolder, weights: Mapping[str, torch.Tensor]) -> n
 def _plan(source: ModelFolder, network: nn.Module, config: CompressionConfig) -> Plan:
     plan = convert.plan(network, config, input_shape=input_shape(source))
     if not plan.ranks:
-        raise ConfigError(f"no layer of {source.path} is factorised under this configuration:\n{plan}")
+        reasons = "; ".join(sorted({layer.reason for layer in plan.layers}))
+        raise ConfigError(
+            f"no layer of {source.path} is factorised under this configuration ({reasons}); choose a smaller "
+            "budget, or factorise layers that get no cheaper with --keep-expensive (only_if_cheaper=False)"
+        )
     return plan
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tucker_ops.errors import ConfigError, DeviceError, OutputExistsError, OutputWriteError
+from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, OutputWriteError
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, read_model_folder
 from tucker_ops.nnunet.images import find_cases
 from tucker_ops.nnunet.memory import PeakMemory
+from tucker_ops.nnunet.verify import trainer_problem
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -72,12 +73,20 @@ def load_predictor(
             f"step_size {step_size} given; it is a fraction of the patch, above 0 and at most 1"
         )
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
-    predictor = nnUNetPredictor(
-        tile_step_size=step_size, use_mirroring=mirroring, device=_device(device), allow_tqdm=False
-    )
-    predictor.initialize_from_trained_model_folder(
-        str(folder.path), folder.select_folds(folds, checkpoint), checkpoint
-    )
+    target = _device(device)
+    if problem := trainer_problem(folder.trainer_name):
+        raise ModelFolderError(
+            f"nnU-Net cannot load the trainer {folder.trainer_name} of {folder.path} on this machine "
+            f"({problem}); "
+            "set nnUNet_extTrainer to the folder of that trainer, or repair the installation"
+        )
+    with _silenced():
+        predictor = nnUNetPredictor(
+            tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
+        )
+        predictor.initialize_from_trained_model_folder(
+            str(folder.path), folder.select_folds(folds, checkpoint), checkpoint
+        )
     return predictor
 
 
@@ -126,11 +135,11 @@ def predict_folder(
             if progress is not None:
                 progress(case, number, len(images))
             start = time.perf_counter()
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with _silenced(), _writing(output_dir / f"{case}{ending}"):
                 predictor.predict_from_files_sequential([[str(f) for f in files]], [str(scratch / case)])
+                for path in scratch.iterdir():
+                    os.replace(path, output_dir / path.name)
             seconds[case] = time.perf_counter() - start
-            for path in scratch.iterdir():
-                os.replace(path, output_dir / path.name)
         if progress is not None:
             progress("", len(images), len(images))
     return PredictionSummary(
@@ -190,6 +199,31 @@ def _scratch(output_dir: Path):
         yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing(path: Path):
+    """Turns the refusal of a write, which SimpleITK reports as RuntimeError, into OutputWriteError."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except RuntimeError as error:
+        if "ImageFileWriter" not in str(error):
+            raise
+        reason = str(error).splitlines()[-1]
+    else:
+        return
+    raise OutputWriteError(
+        f"{path} cannot be written ({reason}); free some space or choose another output folder"
+    )
+
+
+@contextlib.contextmanager
+def _silenced():
+    """nnU-Net tells on standard output what it does; the progress says it better."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager

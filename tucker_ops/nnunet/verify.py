@@ -47,7 +47,7 @@ def verify_folder(
     the largest difference exceeds 1e-4 of the largest logit.
     """
     folds = tuple(expected)
-    reason = _trainer_problem(source.trainer_name)
+    reason = trainer_problem(source.trainer_name)
     try:
         if reason is None:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -85,7 +85,7 @@ def _compare(expected: torch.Tensor, got: torch.Tensor, fold: Fold) -> None:
         )
 
 
-def _trainer_problem(name: str) -> str | None:
+def trainer_problem(name: str) -> str | None:
     """Why nnU-Net cannot import this trainer here, or None."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
