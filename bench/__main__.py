@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--set", choices=tuple(SETS), default="small", help="problems to run [small]")
     parser.add_argument("--problem", action="append", default=[], help="only this one of the set; repeat it")
-    parser.add_argument("--seconds", type=float, help="of rounds a problem [2.5, full set 10]")
+    parser.add_argument("--seconds", type=float, help="of rounds a problem [2, full set 10]")
     parser.add_argument("--threads", type=int, help="threads of torch [torch's own choice]")
     parser.add_argument("--output", type=Path, help="folder for the results [bench/results/latest, replaced]")
     parser.add_argument("--force", action="store_true", help="replace earlier results in --output")

@@ -39,10 +39,10 @@ class Effort:
     A peer whose call would take more than `longest_call` seconds is left out.
     """
 
-    seconds: float = 2.5
+    seconds: float = 2.0
     fewest_rounds: int = 5
-    most_rounds: int = 40
-    longest_call: float = 0.75
+    most_rounds: int = 50
+    longest_call: float = 1.5
     memory: bool = True
 
 
@@ -107,6 +107,7 @@ class Measurement:
             "dense_layout": self.dense_layout,
             "three_convs_layout": self.three_convs_layout,
             "best_layout": self.best_layout,
+            "automatic": self.peer.automatic,
             **origin,
         }
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import MEASURED
-from bench.peers import DENSE, OURS, THREE_CONVS
+from bench.peers import DENSE, THREE_CONVS
 from bench.plot import figure
 from tucker_ops.errors import OutputExistsError, OutputWriteError
 
@@ -25,7 +25,7 @@ SUMMARY = ("problem", "layer", "dense\nms", "three\n÷ dense", "ours\n÷ dense",
 DETAILS = ("peer", "layout", "ms", "20–80 %", "GFLOP/s", "extra MB", "÷ dense", "÷ three", "error")
 LEGEND = (
     "Times are medians; ratios are time ÷ time in the same rounds, below 1 is faster. Every peer in its faster "
-    "layout; ours: the faster backend of tucker_ops. Extra MB: peak memory beyond arguments and output, of dense, "
+    "layout; ours: the backend that tucker_ops chooses. Extra MB: peak memory beyond arguments and output, of dense, "
     "three and ours."
 )
 DETAILS_LEGEND = "Error: relative RMS against float64. Time and memory as above, of this layout."
@@ -144,8 +144,8 @@ def _summary(problem: Sequence[Row]) -> tuple[str, ...]:
     best = [row for row in problem if row["best_layout"]]
     dense = next((row for row in best if row["peer"] == DENSE), None)
     three = next((row for row in best if row["peer"] == THREE_CONVS), None)
-    tucker_ops = [row for row in best if str(row["peer"]).startswith(OURS)]
-    ours = min(tucker_ops, key=lambda row: row["median_ms"], default=None)
+    chosen = [row for row in problem if row["automatic"] and row["status"] == MEASURED]
+    ours = min(chosen, key=lambda row: row["median_ms"], default=None)
     return (
         str(problem[0]["problem"]),
         str(problem[0]["layer"]),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import tucker_ops
 from bench.operands import Operands
 from bench.problems import BenchProblem
-from tucker_ops.backends.select import ORDER
+from tucker_ops.backends.select import ORDER, choose
 from tucker_ops.cost import dense_cost, one_pass_cost
 from tucker_ops.types import Problem
 
@@ -32,13 +32,15 @@ Call = Callable[[], Tensor]
 class Peer:
     """One way to compute a problem in one layout.
 
-    prepare makes, from operands, the call that is timed; unavailable says why there is none here.
+    prepare makes, from operands, the call that is timed; unavailable says why there is none here. automatic:
+    tucker_ops takes this backend for this problem and layout where none is named.
     """
 
     name: str
     layout: str
     prepare: Callable[[Operands], Call]
     unavailable: str | None = None
+    automatic: bool = False
 
     @property
     def key(self) -> str:
@@ -57,13 +59,15 @@ def peers_of(problem: BenchProblem) -> tuple[Peer, ...]:
     peers += [Peer(THREE_CONVS, layout, _ThreeConvs(layout)) for layout in LAYOUTS]
     for backend in ORDER:
         for layout in LAYOUTS:
-            verdict = backend.available() and backend.supports(_op_problem(problem, layout))
+            op_problem = _op_problem(problem, layout)
+            verdict = backend.available() and backend.supports(op_problem)
             peers.append(
                 Peer(
                     f"{OURS}{backend.name}",
                     layout,
                     _TuckerOps(layout, backend.name),
-                    None if verdict else verdict.reason,
+                    unavailable=None if verdict else verdict.reason,
+                    automatic=choose(op_problem) is backend,
                 )
             )
     return tuple(peers)

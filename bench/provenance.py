@@ -16,6 +16,7 @@ from tucker_ops.backends import native
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
+MEASURED_CODE = ("bench", "csrc", "tucker_ops/backends", "tucker_ops/ops", "tucker_ops/functional.py")
 
 
 def provenance() -> dict[str, str | int | float | None]:
@@ -59,7 +60,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "tucker_ops", "csrc", "bench")
+        changed = git("status", "--porcelain", "--", *MEASURED_CODE)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -47,6 +47,9 @@ def test_every_peer_is_measured_or_says_why_not(measurements):
     assert {
         (n, x) for n in (DENSE, THREE_CONVS, "tucker_ops:cpu", "tucker_ops:reference") for x in layouts
     } == names
+    for layout in layouts:
+        chosen = [entry for entry in measurements if entry.peer.layout == layout and entry.peer.automatic]
+        assert len(chosen) == 1 and chosen[0].status == MEASURED
     for entry in measurements:
         if entry.status == LEFT_OUT:
             assert entry.peer.name == "tucker_ops:cpu" and entry.reason
@@ -200,3 +203,14 @@ def test_command_line_refuses_before_measuring(tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert main(["--problem", "stage9"]) == 2
     assert "stage9" in capsys.readouterr().err
+
+
+def test_bench_command_says_where_the_benchmarks_are_when_absent(monkeypatch, tmp_path):
+    pytest.importorskip("typer")
+    import tucker_ops
+    from tucker_ops.cli import bench
+
+    monkeypatch.setattr(tucker_ops, "__file__", str(tmp_path / "site" / "tucker_ops" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="clone the repository"):
+        bench()

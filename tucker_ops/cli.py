@@ -1,4 +1,4 @@
-"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | demo``.
+"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | bench | demo``.
 
 Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at once.
 """
@@ -128,6 +128,7 @@ def compress(
 
     from tucker_ops.convert import CompressionConfig
     from tucker_ops.nnunet.compress import compress_tree, plan_folder
+    from tucker_ops.nnunet.folder import find_model_folders
     from tucker_ops.nnunet.tables import plan_table, summary_table
 
     budget = {"factor": factor, "energy": energy, "params": params, "macs": macs}
@@ -140,8 +141,9 @@ def compress(
         only_if_cheaper=not keep_expensive,
     )
     if dry_run:
-        plan = plan_folder(source, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
-        console().print(plan_table(plan))
+        for model in find_model_folders(source) or [source]:
+            plan = plan_folder(model, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
+            console().print(f"[bold]{model}[/bold]", plan_table(plan), sep="\n")
         return
     with case_progress("Compressing") as progress:
         manifests = compress_tree(
@@ -315,7 +317,8 @@ def bench(
         list[str] | None, typer.Option("--problem", help="Only this one of the set; repeat it.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder [default: bench/results/latest].")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the results.", show_default="bench/results/latest"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace earlier results in the output.")] = False,
 ) -> None:
