@@ -18,6 +18,7 @@ from tiny import make_model, write_image
 import tucker_ops.decompose
 from tucker_ops.convert import CompressionConfig
 from tucker_ops.errors import (
+    CheckpointError,
     ConfigError,
     DeviceError,
     ModelFolderError,
@@ -176,6 +177,15 @@ def test_a_trainer_that_nnunet_does_not_know(tmp_path, images):
     model = make_model(tmp_path / "src", trainer="nnUNetTrainerOfSomebodyElse")
     with pytest.raises(ModelFolderError, match=r"nnUNetTrainerOfSomebodyElse.*nnUNet_extTrainer"):
         predict_folder(model, images, tmp_path / "out")
+
+
+def test_truncated_checkpoint_of_a_later_fold(tmp_path, images):
+    model = make_model(tmp_path / "src", folds=(0, 1))
+    path = model / "fold_1" / "checkpoint_final.pth"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"fold_1.*truncated"):
+        predict_folder(model, images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_images(tmp_path, compressed):

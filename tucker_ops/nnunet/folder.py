@@ -35,7 +35,8 @@ class ModelFolder:
 
     ``checkpoints`` maps each fold to the names of its checkpoint files. ``architecture`` is nnU-Net's block
     of ``network_class_name``, ``arch_kwargs`` and ``_kw_requires_import``, also where the plans are of the
-    older format that has none. ``patch_size`` in voxels, one extent per spatial axis.
+    older format that has none. ``patch_size`` in voxels, one extent per spatial axis. ``previous_stage`` is
+    the configuration whose segmentations a cascade's second stage reads.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class ModelFolder:
     input_channels: int
     num_outputs: int
     patch_size: tuple[int, ...]
+    previous_stage: str | None = None
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -226,6 +228,7 @@ def _describe(
             input_channels=channels,
             num_outputs=outputs,
             patch_size=tuple(int(n) for n in resolved.patch_size),
+            previous_stage=resolved.previous_stage_name,
         )
     except KeyError as error:
         raise ModelFolderError(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, OutputWriteError
-from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, read_model_folder
+from tucker_ops.nnunet.checkpoint import read_checkpoint
+from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
 from tucker_ops.nnunet.images import find_cases
 from tucker_ops.nnunet.memory import PeakMemory
 from tucker_ops.nnunet.verify import trainer_problem
@@ -66,28 +67,10 @@ def load_predictor(
     `step_size` is the distance of neighbouring tiles as a fraction of the patch. Raises the errors of
     `read_model_folder`, ConfigError, and DeviceError.
     """
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    if not 0 < step_size <= 1:
-        raise ConfigError(
-            f"step_size {step_size} given; it is a fraction of the patch, above 0 and at most 1"
-        )
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
-    target = _device(device)
-    if problem := trainer_problem(folder.trainer_name):
-        raise ModelFolderError(
-            f"nnU-Net cannot load the trainer {folder.trainer_name} of {folder.path} on this machine "
-            f"({problem}); "
-            "set nnUNet_extTrainer to the folder of that trainer, or repair the installation"
-        )
-    with _silenced():
-        predictor = nnUNetPredictor(
-            tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
-        )
-        predictor.initialize_from_trained_model_folder(
-            str(folder.path), folder.select_folds(folds, checkpoint), checkpoint
-        )
-    return predictor
+    return _load(
+        folder, folder.select_folds(folds, checkpoint), checkpoint, device, mirroring, step_size, trust
+    )
 
 
 def predict_folder(
@@ -115,19 +98,17 @@ def predict_folder(
     """
     output_dir = Path(output_dir)
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
-    if folder.plans["configurations"][folder.configuration].get("previous_stage"):
+    if folder.previous_stage is not None:
         raise ConfigError(
-            f"{folder.path} is the second stage of a cascade and needs the first stage's segmentations; "
-            "predict it with nnUNetv2_predict and -prev_stage_predictions"
+            f"{folder.path} is the second stage of a cascade and needs the segmentations of "
+            f"{folder.previous_stage}; predict it with nnUNetv2_predict and -prev_stage_predictions"
         )
     ending = folder.dataset_json["file_ending"]
     images = _choose(find_cases(input_dir, ending, folder.input_channels), cases, input_dir)
     if not overwrite:
         _check_absent([output_dir / f"{case}{ending}" for case in images])
-    predictor = load_predictor(
-        model_dir, folds=folds, checkpoint=checkpoint, device=device, mirroring=mirroring,
-        step_size=step_size, trust=trust,
-    )  # fmt: skip
+    chosen = folder.select_folds(folds, checkpoint)
+    predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, trust)
 
     seconds: dict[str, float] = {}
     with _scratch(output_dir) as scratch, PeakMemory(torch.device(device)) as peak, _threads_kept():
@@ -145,12 +126,46 @@ def predict_folder(
     return PredictionSummary(
         model=folder.path,
         output=output_dir,
-        folds=folder.select_folds(folds, checkpoint),
+        folds=chosen,
         device=device,
         seconds_per_case=seconds,
         peak_rss_bytes=peak.rss_bytes,
         peak_cuda_bytes=peak.cuda_bytes,
     )
+
+
+def _load(
+    folder: ModelFolder,
+    folds: tuple[Fold, ...],
+    checkpoint: str,
+    device: str,
+    mirroring: bool,
+    step_size: float,
+    trust: bool,
+) -> nnUNetPredictor:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    if not 0 < step_size <= 1:
+        raise ConfigError(
+            f"step_size {step_size} given; it is a fraction of the patch, above 0 and at most 1"
+        )
+    target = _device(device)
+    # nnU-Net reads checkpoints by pickle; those of the other folds (the folder's description came from the
+    # first) are shown to be harmless and whole before it does.
+    for fold in folds[1:]:
+        read_checkpoint(folder.checkpoint_path(fold, checkpoint), trust=trust)
+    if problem := trainer_problem(folder.trainer_name):
+        raise ModelFolderError(
+            f"nnU-Net cannot load the trainer {folder.trainer_name} of {folder.path} on this machine "
+            f"({problem}); "
+            "set nnUNet_extTrainer to the folder of that trainer, or repair the installation"
+        )
+    with _silenced():
+        predictor = nnUNetPredictor(
+            tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
+        )
+        predictor.initialize_from_trained_model_folder(str(folder.path), folds, checkpoint)
+    return predictor
 
 
 def _device(name: str) -> torch.device:
