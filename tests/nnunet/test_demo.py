@@ -37,9 +37,9 @@ def row(text: str, name: str) -> list[float]:
 def test_table_and_report(run):
     output, text = run
     for name in (
-        "parameters, million", "MACs of one patch, billion", "weights on disk, MB", "Dice Anterior",
-        "Dice Posterior", "Dice, mean of classes", "forward pass of one patch, ms", "prediction, s per case",
-        "peak memory predicting, MB",
+        "parameters, million", "MACs, billion", "weights on disk, MB", "Dice Anterior",
+        "Dice Posterior", "Dice, mean of classes", "one forward pass, ms", "prediction, s / case",
+        "peak memory, MB",
     ):  # fmt: skip
         assert len(row(text, name)) == 5, name
     page = output / "report" / "index.html"

@@ -12,6 +12,9 @@ import pytest
 sitk = pytest.importorskip("SimpleITK")
 pytest.importorskip("nnunetv2")
 
+from typer.testing import CliRunner  # noqa: E402
+
+from tucker_ops.cli import app  # noqa: E402
 from tucker_ops.errors import ModelFolderError, OutputExistsError, ShapeError  # noqa: E402
 from tucker_ops.nnunet.evaluate import evaluate_folder, write_json  # noqa: E402
 from tucker_ops.nnunet.segmentations import SegmentationError  # noqa: E402
@@ -137,6 +140,18 @@ def test_folder_without_segmentations(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SegmentationError, match="holds no file"):
         evaluate_folder(folders[0], tmp_path / "empty")
+
+
+def test_command_line(folders, tmp_path):
+    prediction, reference = map(str, folders)
+    path = tmp_path / "dice.json"
+    arguments = ["evaluate", "-p", prediction, "-r", reference, "--dense", prediction, "--json", str(path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
+    assert "0.8000" in lines["head"] and "1.0000" in lines["head"]
+    assert "0.5667" in lines["mean"]
+    assert set(json.loads(path.read_text())) == {"labels", "dense"}
 
 
 def test_json_has_null_for_nan_and_is_not_overwritten(folders, tmp_path):

@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("nnunetv2")
 import SimpleITK as sitk
+from typer.testing import CliRunner
 
+from tucker_ops.cli import app
 from tucker_ops.convert import CompressionConfig, LayerPlan, Plan
 from tucker_ops.cost import Cost
 from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError, ShapeError
@@ -163,7 +165,8 @@ def test_manifest_alone(model, tmp_path):
 def test_everything_but_speed(model, volumes, tmp_path):
     inputs = Inputs(
         [model], images=volumes["images"], labels=volumes["labels"], dense_prediction=volumes["dense"],
-        predictions=[volumes["pred"]], measure_speed=False, prediction_seconds={"dense": 4.0, "factor 0.5": 1.0},
+        predictions=[volumes["pred"]], measure_speed=False,
+        prediction_seconds={"dense": 4.0, "factor 0.5": 1.0},
     )  # fmt: skip
     report = write_report(inputs, tmp_path / "report")
     assert {p.name for p in report.figures} == {
@@ -173,8 +176,8 @@ def test_everything_but_speed(model, volumes, tmp_path):
     # Half of the head is missing: 2·12 / (24 + 12).
     assert cells(report.summary, "Dice head")[1:] == ["1.0000", "0.6667", "-0.3333"]
     assert cells(report.summary, "Dice, mean of classes")[1:] == ["1.0000", "0.8333", "-0.1667"]
-    assert cells(report.summary, "Dice with the dense output")[1:] == ["–", "0.8333", ""]
-    assert cells(report.summary, "prediction, s per case")[1:] == ["4.00", "1.00", "0.250×"]
+    assert cells(report.summary, "agreement with dense")[1:] == ["–", "0.8333", ""]
+    assert cells(report.summary, "prediction, s / case")[1:] == ["4.00", "1.00", "0.250×"]
     data = json.loads((report.page.parent / "tucker_ops_report.json").read_text())
     assert data["dice_against_labels"]["factor 0.5"]["dice_per_class"]["head"] == pytest.approx(2 / 3)
     assert data["totals"]["dense"]["parameters"] == 2_000_000
@@ -184,7 +187,7 @@ def test_two_models_side_by_side(model, volumes, tmp_path):
     third = model_folder(tmp_path / "third", manifest(0.3, 8))
     inputs = Inputs([model, third], labels=volumes["labels"], predictions=[volumes["dense"], volumes["pred"]])
     report = write_report(inputs, tmp_path / "report")
-    assert list(report.summary.columns) == ["", "dense", "factor 0.5", "to dense", "factor 0.3", "to dense"]
+    assert list(report.summary.columns) == ["", "dense", "factor 0.5", "change", "factor 0.3", "change"]
     assert cells(report.summary, "Dice head")[1:] == ["–", "1.0000", "", "0.6667", ""]
 
 
@@ -210,6 +213,15 @@ def test_output_is_not_overwritten(model, tmp_path):
     write_report(Inputs([model]), tmp_path / "report", force=True)
     with pytest.raises(OutputExistsError, match="not look like an earlier output"):
         write_report(Inputs([model]), model, force=True)
+
+
+def test_command_line(model, volumes, tmp_path):
+    arguments = ["report", str(model), "-o", str(tmp_path / "report"), "--labels", str(volumes["labels"])]
+    result = CliRunner().invoke(app, [*arguments, "--pred", str(volumes["pred"])])
+    assert result.exit_code == 0, result.output
+    assert "0.8333" in result.stdout
+    assert "Left out: overlay; no images were given (--images)" in result.stdout
+    assert (tmp_path / "report" / "index.html").is_file()
 
 
 def test_page_escapes():

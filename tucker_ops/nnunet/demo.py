@@ -21,7 +21,7 @@ from tucker_ops.nnunet.compress import compress_folder
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.predict import PredictionSummary, predict_folder
 from tucker_ops.nnunet.report import Inputs, Report, write_report
-from tucker_ops.nnunet.report.build import DENSE
+from tucker_ops.nnunet.report.content import DENSE
 from tucker_ops.nnunet.staging import write_error
 
 FACTORS = (0.5, 0.3)
@@ -51,11 +51,11 @@ def demo(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Demo:
-    """Compress the hippocampus example at each of `factors`, predict with all models, and write a report.
+    """Compress the hippocampus example at each of `factors`, predict with all models, and report.
 
-    `example` is the folder ``examples/hippocampus`` of a checkout, found by itself in an editable install; the
-    first `cases` of it are predicted, by default all ten. Each model predicts in a fresh process of its own,
-    so that its time and its peak memory are its own; mirroring is off. The output of an earlier demo is
+    `example` is the folder ``examples/hippocampus`` of a checkout, found by itself in an editable install.
+    The first `cases` of it are predicted, by default all ten. Each model predicts in a fresh process of its
+    own, so that its time and its peak memory are its own; mirroring is off. The output of an earlier demo is
     replaced; another folder that is not empty only with `force`, and then only what the demo itself writes.
     `progress` is called with a label, the steps done, and their number. Because it starts processes, a script
     must call it under ``if __name__ == "__main__"``.

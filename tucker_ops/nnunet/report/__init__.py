@@ -1,7 +1,7 @@
 """A report on compressed models: size, ranks, errors, accuracy, speed, and one slice to look at.
 
-`build` gathers and writes; `layers`, `speed` and the evaluation supply what is known; `figures`, `overlay`,
-`tables` and `page` show it.
+`build` gathers and writes; `layers`, `speed` and the evaluation supply what is known; `content` says which
+parts there are; `figures`, `overlay`, `tables` and `page` show them.
 """
 
 from tucker_ops.nnunet.report.build import Inputs, Report, write_report

@@ -16,25 +16,18 @@ from tucker_ops.errors import ConfigError
 from tucker_ops.nnunet.evaluate import Evaluation, evaluate_folder
 from tucker_ops.nnunet.folder import read_json
 from tucker_ops.nnunet.manifest import Manifest, read_manifest
+from tucker_ops.nnunet.report.content import DENSE, sections, summary_table
 from tucker_ops.nnunet.report.figures import accuracy_figure, cost_figure, rank_figure, speed_figure
-from tucker_ops.nnunet.report.layers import Layer, layers_of, setting_name
+from tucker_ops.nnunet.report.layers import layers_of, setting_name
 from tucker_ops.nnunet.report.overlay import overlay_figure
 from tucker_ops.nnunet.report.page import Section, render_page
 from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
-from tucker_ops.nnunet.report.tables import (
-    Quantity,
-    TextTable,
-    case_table,
-    comparison_table,
-    evaluation_table,
-    layer_table,
-)
+from tucker_ops.nnunet.report.tables import TextTable
 from tucker_ops.nnunet.segmentations import Dataset, SegmentationError, find_segmentations, read_dataset
 from tucker_ops.nnunet.staging import staged_folder
 
 PAGE_NAME = "index.html"
 DATA_NAME = "tucker_ops_report.json"
-DENSE = "dense"
 DOTS_PER_INCH = 130
 
 Progress = Callable[[str, int, int], None]
@@ -183,8 +176,13 @@ def _gather(inputs: Inputs, progress: Progress | None) -> _Content:
         "dice_against_dense": {n: e.to_dict() for n, e in against_dense.items()},
         "missing": missing,
     }
-    sections = _sections(summary, manifests, names, layers, against_labels, against_dense, figures, missing)
-    return _Content(title, summary, sections, figures, missing, against_labels, against_dense, data)
+    overlay_text = "" if overlay is None else "The plane with the largest labelled area"
+    if overlay is not None and inputs.case is None and against_labels:
+        overlay_text += ", of the case in the middle by Dice"
+    parts = sections(
+        summary, manifests, names, layers, against_labels, against_dense, figures, missing, overlay_text
+    )
+    return _Content(title, summary, parts, figures, missing, against_labels, against_dense, data)
 
 
 def _check_consistent(inputs: Inputs, manifests: Sequence[Manifest]) -> None:
@@ -281,91 +279,6 @@ def _typical_case(evaluation: Evaluation | None) -> str | None:
         return None
     ordered = evaluation.per_case.mean(axis=1).dropna().sort_values(kind="stable")
     return str(ordered.index[len(ordered) // 2]) if len(ordered) else None
-
-
-def summary_table(
-    title: str,
-    names: Sequence[str],
-    manifests: Sequence[Manifest],
-    against_labels: Mapping[str, Evaluation],
-    against_dense: Mapping[str, Evaluation],
-    forward: Mapping[str, ForwardTime],
-    prediction_seconds: Mapping[str, float],
-    peak_memory_bytes: Mapping[str, int],
-) -> TextTable:
-    """Size, accuracy and speed of each model beside the dense one; rows nobody has figures for are absent."""
-    totals = [manifests[0].dense, *(m.tucker for m in manifests)]
-    columns = [DENSE, *names]
-    quantities = [
-        Quantity("parameters, million", [t.parameters / 1e6 for t in totals], "{:.3f}"),
-        Quantity("MACs of one patch, billion", [t.macs / 1e9 for t in totals], "{:.2f}"),
-        Quantity("weights on disk, MB", [t.weight_bytes / 1e6 for t in totals], "{:.2f}"),
-    ]
-    if against_labels:
-        classes = list(next(iter(against_labels.values())).classes)
-        found = [against_labels.get(n) for n in columns]
-        for label in classes:
-            values = [None if e is None else float(e.per_class[label]) for e in found]
-            quantities.append(Quantity(f"Dice {label}", values, "{:.4f}", "difference"))
-        quantities.append(
-            Quantity("Dice, mean of classes", [e and e.mean for e in found], "{:.4f}", "difference")
-        )
-    if against_dense:
-        agreement = [against_dense.get(n) for n in columns]
-        values = [e and e.mean for e in agreement]
-        quantities.append(Quantity("Dice with the dense output", values, "{:.4f}", ""))
-    if forward:
-        values = [forward[n].median if n in forward else None for n in columns]
-        quantities.append(Quantity("forward pass of one patch, ms", values, "{:.0f}"))
-    if prediction_seconds:
-        values = [prediction_seconds.get(n) for n in columns]
-        quantities.append(Quantity("prediction, s per case", values, "{:.2f}"))
-    if peak_memory_bytes:
-        values = [peak_memory_bytes[n] / 1e6 if n in peak_memory_bytes else None for n in columns]
-        quantities.append(Quantity("peak memory predicting, MB", values, "{:.0f}"))
-    return comparison_table(title, columns, quantities)
-
-
-def _sections(
-    summary: TextTable,
-    manifests: Sequence[Manifest],
-    names: Sequence[str],
-    layers: Mapping[str, Sequence[Layer]],
-    against_labels: Mapping[str, Evaluation],
-    against_dense: Mapping[str, Evaluation],
-    figures: Mapping[str, Figure],
-    missing: Mapping[str, str],
-) -> list[Section]:
-    def shown(name: str) -> tuple[str, ...]:
-        return (name,) if name in figures else ()
-
-    first = manifests[0]
-    shape = "×".join(map(str, first.input_shape[2:]))
-    sections = [
-        Section("Summary", f"MACs are for one patch of {shape} voxels. Weights are stored as "
-                f"{', '.join(dict.fromkeys(m.dtype for m in manifests))}.", [summary]),
-        Section("One slice", figures=shown("overlay.png"), missing=missing.get("overlay"),
-                text="The case in the middle by Dice, in the plane with the largest labelled area."
-                if "overlay.png" in figures else ""),
-        Section("Accuracy", figures=shown("accuracy.png"), missing=missing.get("accuracy against the labels"),
-                tables=[evaluation_table(against_labels)] if against_labels else ()),
-        Section("Agreement with the dense model", missing=missing.get("agreement with the dense model"),
-                tables=[evaluation_table(against_dense)] if against_dense else ()),
-        Section("Speed", figures=shown("speed.png"), missing=missing.get("forward time")),
-        Section("Size and arithmetic of each layer", figures=shown("cost_per_layer.png")),
-        Section("Ranks and errors of each layer", figures=shown("ranks_and_errors.png"),
-                tables=[layer_table(name, rows) for name, rows in layers.items()]),
-    ]  # fmt: skip
-    if against_labels:
-        tables = [case_table(e, name) for name, e in against_labels.items()]
-        sections.append(Section("Dice of each case against the labels", tables=tables))
-    rows = [
-        [n, *(m.versions.get(k, "–") for k in first.versions)] for n, m in zip(names, manifests, strict=True)
-    ]
-    versions = TextTable("Compressed with", ["model", *first.versions], rows)
-    hashes = TextTable("Compressed from", ["checkpoint", "SHA-256"], list(first.source_sha256.items()))
-    sections.append(Section("Provenance", first.source, [versions, hashes]))
-    return sections
 
 
 def _tables(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:

@@ -42,13 +42,17 @@ def measure_forward(
     On a CPU that is fp32, on a GPU fp16 autocast. Each round runs every model once; a first round is not
     counted.
     """
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
     networks = {}
     for name, path in models.items():
         with contextlib.redirect_stdout(io.StringIO()):
             predictor = load_predictor(path, device=device)
         networks[name] = predictor.network.to(predictor.device).eval()
     shape = predictor.configuration_manager.patch_size
-    channels = len(predictor.dataset_json["channel_names"])
+    channels = determine_num_input_channels(
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    )
     patch = torch.randn((1, channels, *shape), generator=torch.Generator().manual_seed(0)).to(device)
 
     milliseconds: dict[str, list[float]] = {name: [] for name in networks}

@@ -28,7 +28,7 @@ class TextTable:
 
         table = Table(title=self.title, title_justify="left")
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -51,7 +51,7 @@ def comparison_table(title: str, models: Sequence[str], quantities: Sequence[Qua
     """A column per model, each but the first followed by its ratio to (or difference from) the first."""
     columns = ["", models[0]]
     for name in models[1:]:
-        columns += [name, "to dense"]
+        columns += [name, "change"]
     rows = []
     for quantity in quantities:
         first = quantity.values[0]
