@@ -10,12 +10,12 @@ import types
 from pathlib import Path
 
 import nnunetv2.inference.predict_from_raw_data
+import numpy
 import pytest
 import SimpleITK
 import torch
 from tiny import make_model, write_image
 
-import tucker_ops.decompose
 from tucker_ops.convert import CompressionConfig
 from tucker_ops.errors import (
     CheckpointError,
@@ -108,15 +108,20 @@ def test_full_rank_segments_as_the_dense_model(tmp_path, tiny_model, images):
         assert (dense == tucker).float().mean() > 0.999
 
 
-def test_decomposes_nothing(tmp_path, compressed, images, monkeypatch):
+def test_decomposes_nothing(tmp_path, tiny_model, compressed, images, monkeypatch):
     """The reference code of the paper decomposed the model again for every case."""
 
-    def refuse(*_, **__):
-        pytest.fail("a decomposition ran while predicting")
+    class DecompositionRan(Exception):
+        pass
 
-    monkeypatch.setattr(tucker_ops.decompose, "decompose", refuse)
-    monkeypatch.setattr(torch.linalg, "svd", refuse)
-    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    def refuse(*_, **__):
+        raise DecompositionRan
+
+    for library in (numpy.linalg, torch.linalg):
+        for function in ("svd", "eigh"):
+            monkeypatch.setattr(library, function, refuse)
+    with pytest.raises(DecompositionRan):
+        compress_folder(tiny_model, tmp_path / "again", HALF)
     predict_folder(compressed, images, tmp_path / "out", mirroring=False)
 
 
