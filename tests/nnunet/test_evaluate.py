@@ -126,9 +126,10 @@ def test_classes_unknown(folders):
     (prediction / "dataset.json").write_text('{"labels": ')
     with pytest.raises(ModelFolderError, match="not valid JSON"):
         evaluate_folder(prediction, reference)
-    (prediction / "dataset.json").write_text('{"labels": {"head": 1}, "file_ending": ".nii.gz"}')
-    with pytest.raises(SegmentationError, match="no valid nnU-Net dataset description"):
-        evaluate_folder(prediction, reference)
+    for labels in ('{"head": 1}', '["head"]', '{"background": 0, "head": null}'):
+        (prediction / "dataset.json").write_text(f'{{"labels": {labels}, "file_ending": ".nii.gz"}}')
+        with pytest.raises(SegmentationError, match="no valid nnU-Net dataset description"):
+            evaluate_folder(prediction, reference)
     (prediction / "dataset.json").unlink()
     with pytest.raises(SegmentationError, match="--dataset-json"):
         evaluate_folder(prediction, reference)

@@ -56,7 +56,7 @@ def read_dataset(path: str | Path) -> Dataset:
         manager = LabelManager(content["labels"], content.get("regions_class_order"))
         classes = manager.foreground_regions if manager.has_regions else manager.foreground_labels
         ending = content["file_ending"]
-    except (KeyError, AssertionError, RuntimeError) as error:
+    except (KeyError, AttributeError, TypeError, AssertionError, RuntimeError) as error:
         raise SegmentationError(
             f"{path} is no valid nnU-Net dataset description ({error}); give the one of the model"
         ) from error
