@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from bench.memory import extra_peak_bytes
+from bench.memory import Peak, measure_peak
 from bench.operands import Operands, float64_reference, make_operands, relative_rms
 from bench.peers import DENSE, THREE_CONVS, Call, Peer, peers_of
 from bench.problems import BenchProblem
@@ -28,6 +28,7 @@ SMALL_OUTPUT = 256
 SMALL_OUTPUT_ALLOWANCE = 4
 
 MEASURED, REFUSED, LEFT_OUT = "measured", "refused", "left out"
+NO_PEAK = Peak(None, "not measured")
 SMALLEST_CROP = 4
 MOST_PROBES = 4
 
@@ -55,7 +56,7 @@ class Measurement:
 
     seconds: one sample a round. ratio_*: this peer's time divided by that of the dense convolution, or of
     three convolutions, in whichever layout was faster in this run: below 1 is faster than it.
-    extra_peak_bytes: beyond arguments and output. best_layout: the faster of this peer's two layouts.
+    peak: memory beyond arguments and output. best_layout: the faster of this peer's two layouts.
     """
 
     problem: BenchProblem
@@ -64,7 +65,7 @@ class Measurement:
     reason: str | None = None
     relative_rms: float | None = None
     seconds: tuple[float, ...] = ()
-    extra_peak_bytes: int | None = None
+    peak: Peak = NO_PEAK
     ratio_to_dense: float | None = None
     ratio_to_three_convs: float | None = None
     dense_layout: str | None = None
@@ -101,7 +102,8 @@ class Measurement:
             "p80_ms": high,
             "gflop": gflop,
             "gflop_per_s": None if middle is None else gflop / (middle / 1e3),
-            "extra_peak_bytes": self.extra_peak_bytes,
+            "extra_peak_bytes": self.peak.extra_bytes,
+            "extra_peak_reason": self.peak.reason,
             "ratio_to_dense": self.ratio_to_dense,
             "ratio_to_three_convs": self.ratio_to_three_convs,
             "dense_layout": self.dense_layout,
@@ -233,7 +235,7 @@ def _undisturbed_seconds(call: Call) -> float:
 def _with_memory(entry: Measurement) -> Measurement:
     if entry.status != MEASURED:
         return entry
-    return replace(entry, extra_peak_bytes=extra_peak_bytes(entry.problem, entry.peer))
+    return replace(entry, peak=measure_peak(entry.problem, entry.peer))
 
 
 def _with_ratios(entries: Sequence[Measurement]) -> list[Measurement]:

@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +24,7 @@ import torch
 from bench.operands import make_operands
 from bench.peers import Peer, peers_of
 from bench.problems import BenchProblem
+from tucker_ops.errors import TuckerOpsError
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -33,14 +34,18 @@ WARM_CHANNELS = 8
 WARM_EXTENT = 8
 
 
-def extra_peak_bytes(problem: BenchProblem, peer: Peer) -> int | None:
-    """Bytes that one call of `peer` needs at most beyond its arguments and its output.
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that one call needs at most beyond its arguments and its output; None with the reason."""
 
-    None where the system has no high-water mark that can be set back (it is Linux's), or where the
-    measuring process died, as for lack of memory.
-    """
+    extra_bytes: int | None
+    reason: str | None = None
+
+
+def measure_peak(problem: BenchProblem, peer: Peer) -> Peak:
+    """Run `peer` once in a process of its own; the reason where that gives no figure."""
     if not CLEAR_REFS.exists():
-        return None
+        return Peak(None, "only Linux has a high-water mark of memory that can be set back")
     receiver, sender = multiprocessing.Pipe(duplex=False)
     arguments = (sender, problem, peer.key, torch.get_num_threads())
     with _environment({**MALLOC_RETURNS_FREED, "PYTHONPATH": os.pathsep.join(sys.path)}):
@@ -50,7 +55,8 @@ def extra_peak_bytes(problem: BenchProblem, peer: Peer) -> int | None:
     try:
         return receiver.recv()
     except EOFError:
-        return None
+        child.join()
+        return Peak(None, f"the measuring process ended with exit code {child.exitcode}")
     finally:
         child.join()
         receiver.close()
@@ -65,6 +71,13 @@ def _context() -> multiprocessing.context.ForkServerContext:
 
 def _measure_in_child(sender: Connection, problem: BenchProblem, key: str, threads: int) -> None:
     torch.set_num_threads(threads)
+    try:
+        sender.send(Peak(_extra_bytes(problem, key)))
+    except (TuckerOpsError, RuntimeError, MemoryError, OSError) as error:
+        sender.send(Peak(None, f"{type(error).__name__}: {error}"))
+
+
+def _extra_bytes(problem: BenchProblem, key: str) -> int:
     peer = next(peer for peer in peers_of(problem) if peer.key == key)
     with torch.inference_mode():
         peer.prepare(make_operands(_tiny(problem)))()
@@ -74,7 +87,7 @@ def _measure_in_child(sender: Connection, problem: BenchProblem, key: str, threa
         before = _status_bytes("VmRSS")
         output = call()
         peak = _status_bytes("VmHWM")
-    sender.send(max(0, peak - before - output.numel() * output.element_size()))
+    return max(0, peak - before - output.numel() * output.element_size())
 
 
 def _tiny(problem: BenchProblem) -> BenchProblem:

@@ -137,6 +137,10 @@ def _absences(rows: Sequence[Row]) -> list[str]:
     return [
         f"{problem}: {peer} ({', '.join(layouts)}) {status}: {reason}"
         for (problem, peer, status, reason), layouts in grouped.items()
+    ] + [
+        f"{row['problem']}: {row['peer']} ({row['layout']}) no memory figure: {row['extra_peak_reason']}"
+        for row in rows
+        if row["status"] == MEASURED and row["extra_peak_bytes"] is None
     ]
 
 

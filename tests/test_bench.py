@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 from bench.__main__ import main
 from bench.measure import LEFT_OUT, MEASURED, REFUSED, Effort, gate, measure, rows_of
-from bench.memory import CLEAR_REFS, extra_peak_bytes
+from bench.memory import CLEAR_REFS, measure_peak
 from bench.operands import float64_reference, make_operands, relative_rms
 from bench.output import check_replaceable, write
 from bench.peers import DENSE, THREE_CONVS, Peer, peers_of
@@ -143,7 +143,14 @@ def test_memory_of_three_convolutions_holds_both_intermediates():
     three = next(p for p in peers_of(problem) if p.name == THREE_CONVS and p.layout == "contiguous")
     intermediate = 8 * 64**3 * 4
     # The first intermediate is freed before the last convolution, so at least one, and the output is not counted.
-    assert intermediate * 0.9 < extra_peak_bytes(problem, three) < 8 * intermediate
+    assert intermediate * 0.9 < measure_peak(problem, three).extra_bytes < 8 * intermediate
+
+
+@pytest.mark.skipif(not CLEAR_REFS.exists(), reason="the high-water mark can be set back on Linux only")
+def test_memory_that_cannot_be_measured_has_a_reason():
+    spec = dataclasses.replace(tiny().spec, padding=(-1, 1, 1))
+    peak = measure_peak(tiny(spec=spec), peers_of(tiny())[0])
+    assert peak.extra_bytes is None and "negative padding" in peak.reason
 
 
 def test_files_appear_whole_and_foreign_folders_are_kept(measurements, tmp_path):
