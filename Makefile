@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
+DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
 .PHONY: demo test bench lint wheel clean
@@ -21,10 +22,11 @@ lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 wheel: $(READY)
-	rm -rf dist && mkdir -p dist
-	TUCKER_NATIVE=1 $(PIP) wheel -q --no-build-isolation --no-deps -w dist/raw .
-	$(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10.so' -w dist dist/raw/*.whl
-	rm -rf dist/raw
+	rm -rf $(DIST) && mkdir -p $(DIST)
+	TUCKER_NATIVE=1 $(PIP) wheel -q --no-build-isolation --no-deps -w $(DIST)/raw .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10.so' \
+		-w $(DIST) $(DIST)/raw/*.whl
+	rm -rf $(DIST)/raw
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -67,7 +67,9 @@ def torch_folder() -> tuple[str, Path]:
     code = "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if result.returncode:
-        raise Unbuildable("torch is not importable in the build environment; install torch 2.11 or newer first")
+        raise Unbuildable(
+            "torch is not importable in the build environment; install torch 2.11 or newer first"
+        )
     version, folder = result.stdout.split("\n")[:2]
     return version, Path(folder)
 
@@ -76,8 +78,9 @@ def build_native(target: Path) -> str:
     """Compile into `target`; returns a line on what was built, raises Unbuildable otherwise."""
     cxx = compiler()
     torch_version, torch_path = torch_folder()
-    # One folder per torch and interpreter: isolated and plain builds would otherwise spoil each other's cache.
-    key = hashlib.sha256(f"{torch_path}{sys.executable}{cxx}".encode()).hexdigest()[:8]
+    # One folder per torch, compiler and Python: isolated and plain builds would otherwise spoil each other's cache.
+    abi = sysconfig.get_config_var("SOABI")
+    key = hashlib.sha256(f"{torch_path}{abi}{cxx}".encode()).hexdigest()[:8]
     build = ROOT / "build" / f"{sysconfig.get_platform()}-torch{torch_version}-{key}"
     configure = [
         *(cmake(), "-S", str(ROOT), "-B", str(build), *ninja()),
@@ -94,7 +97,9 @@ def build_native(target: Path) -> str:
         )
         print(result.stdout)
         if result.returncode:
-            errors = [line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
+            errors = [
+                line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)
+            ]
             raise Unbuildable((errors or result.stdout.splitlines() or ["no output"])[0].strip())
     return f"compiled by {cxx} against torch {torch_version}"
 
@@ -103,7 +108,9 @@ class BuildNative(build_ext):
     """Delegates to CMake and notes the outcome beside the package's code."""
 
     def run(self) -> None:
-        target = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()) / "tucker_ops"
+        target = (
+            ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        ) / "tucker_ops"
         target.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("TUCKER_NATIVE", "")
         for stale in [*target.glob("libtucker_ops_native.so"), *target.glob("_host.*.so")]:
@@ -114,7 +121,9 @@ class BuildNative(build_ext):
             status = {"native": "built", "reason": build_native(target)}
         except Unbuildable as error:
             if mode == "1":
-                raise SystemExit(f"tucker_ops: TUCKER_NATIVE=1, but the extension does not build: {error}") from None
+                raise SystemExit(
+                    f"tucker_ops: TUCKER_NATIVE=1, but the extension does not build: {error}"
+                ) from None
             status = {"native": "absent", "reason": str(error)}
             print(f"tucker_ops: installing without the compiled extension: {error}", file=sys.stderr)
         (target / STATUS).write_text(json.dumps(status, indent=1) + "\n")

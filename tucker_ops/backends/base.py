@@ -35,3 +35,7 @@ class Backend:
     supports: Callable[[Problem], Verdict]
     prefers: Callable[[Problem], Verdict]
     run: Callable[..., Tensor]
+
+    def can_run(self, problem: Problem) -> Verdict:
+        """`supports` on a machine where the backend is available; else why it is not."""
+        return self.available() and self.supports(problem)

@@ -101,22 +101,18 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
         return next(backend for backend in ORDER if _verdict(backend, problem))
     for backend in ORDER:
         if backend.name == name:
-            for verdict in (backend.available(), backend.supports(problem)):
-                if not verdict:
-                    raise BackendError(
-                        f"backend {name!r} cannot run {describe(problem)}: {verdict.reason}; "
-                        "leave backend unset to let tucker_ops choose"
-                    )
+            verdict = backend.can_run(problem)
+            if not verdict:
+                raise BackendError(
+                    f"backend {name!r} cannot run {describe(problem)}: {verdict.reason}; "
+                    "leave backend unset to let tucker_ops choose"
+                )
             return backend
     raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
 
 
 def _verdict(backend: Backend, problem: Problem) -> Verdict:
-    for predicate in (lambda: backend.available(), lambda: backend.supports(problem)):
-        verdict = predicate()
-        if not verdict:
-            return verdict
-    return backend.prefers(problem)
+    return backend.can_run(problem) and backend.prefers(problem)
 
 
 def _tucker_conv(
