@@ -28,6 +28,7 @@ from tucker_ops.errors import (
 )
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 from tucker_ops.nnunet.compress import compress_folder
+from tucker_ops.nnunet.images import ImageError
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.predict import load_predictor, predict_folder
 
@@ -175,6 +176,13 @@ def test_full_disk(tmp_path, compressed, images, monkeypatch, kind):
     monkeypatch.setattr(SimpleITK, "WriteImage", refuse)
     with pytest.raises(OutputWriteError, match=r"b\.nii\.gz cannot be written .*choose another output"):
         predict_folder(compressed, images, tmp_path / "out", cases=["b"], mirroring=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_image_that_cannot_be_read(tmp_path, compressed, images):
+    (images / "b_0000.nii.gz").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"case b cannot be read .*b_0000\.nii\.gz"):
+        predict_folder(compressed, images, tmp_path / "out", cases=["b"])
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tucker_ops.errors import ModelFolderError, ShapeError
+from tucker_ops.errors import ModelFolderError, ShapeError, TuckerOpsError
+
+
+class ImageError(TuckerOpsError, ValueError):
+    """An image that cannot be read."""
 
 
 def find_cases(folder: str | Path, file_ending: str, channels: int) -> dict[str, list[Path]]:
@@ -20,7 +24,7 @@ def find_cases(folder: str | Path, file_ending: str, channels: int) -> dict[str,
     pattern = re.compile(r"(.+)_(\d{4})" + re.escape(file_ending))
     cases: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if match := pattern.fullmatch(path.name):
+        if path.is_file() and (match := pattern.fullmatch(path.name)):
             cases.setdefault(match[1], []).append(path)
     if not cases:
         others = [p.name for p in sorted(folder.iterdir()) if p.is_file()]

@@ -17,7 +17,7 @@ import torch
 from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, OutputWriteError
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
-from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.images import ImageError, find_cases
 from tucker_ops.nnunet.memory import PeakMemory
 from tucker_ops.nnunet.verify import trainer_problem
 
@@ -94,7 +94,7 @@ def predict_folder(
     segmentation appears in `output_dir` only once it is complete. `progress` is called with the case, how
     many are done, and how many there are. All checks come before the first prediction. Raises those errors
     of `load_predictor` and `find_cases`, OutputExistsError for segmentations that exist (unless
-    `overwrite`), and OutputWriteError; torch.OutOfMemoryError passes unchanged.
+    `overwrite`), ImageError, and OutputWriteError; torch.OutOfMemoryError passes unchanged.
     """
     output_dir = Path(output_dir)
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
@@ -116,7 +116,7 @@ def predict_folder(
             if progress is not None:
                 progress(case, number, len(images))
             start = time.perf_counter()
-            with _silenced(), _writing(output_dir / f"{case}{ending}"):
+            with _silenced(), _files_of(case, files, output_dir / f"{case}{ending}"):
                 predictor.predict_from_files_sequential([[str(f) for f in files]], [str(scratch / case)])
                 for path in scratch.iterdir():
                     os.replace(path, output_dir / path.name)
@@ -217,20 +217,24 @@ def _scratch(output_dir: Path):
 
 
 @contextlib.contextmanager
-def _writing(path: Path):
-    """Turns the refusal of a write, which SimpleITK reports as RuntimeError, into OutputWriteError."""
+def _files_of(case: str, images: Sequence[Path], output: Path):
+    """Gives the troubles with files their type; SimpleITK reports them all as RuntimeError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
     except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        if "ImageFileReader" in str(error):
+            raise ImageError(
+                f"case {case} cannot be read ({reason}); check {', '.join(map(str, images))}"
+            ) from error
         if "ImageFileWriter" not in str(error):
             raise
-        reason = str(error).splitlines()[-1]
     else:
         return
     raise OutputWriteError(
-        f"{path} cannot be written ({reason}); free some space or choose another output folder"
+        f"{output} cannot be written ({reason}); free some space or choose another output folder"
     )
 
 
