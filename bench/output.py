@@ -29,7 +29,7 @@ LEGEND = (
     "three and ours."
 )
 DETAILS_LEGEND = "Error: relative RMS against float64. Time and memory as above, of this layout."
-LEAST_WIDTH = 112
+LEAST_WIDTH = 128
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
