@@ -10,7 +10,8 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.types import Problem
 
-FEWEST_VOXELS = 100
+FEW_VOXELS = 128
+LARGE_CORE = 400_000
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -34,15 +35,13 @@ def _prefers(problem: Problem) -> Verdict:
         return Verdict(
             False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
         )
-    if math.prod(problem.kernel_size) == 1:
-        return Verdict(
-            False, "the core has one tap: three matrix products, where torch's libraries measure faster"
-        )
     voxels = problem.batch * math.prod(problem.output_size)
-    if voxels < FEWEST_VOXELS:
+    weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
+    if voxels < FEW_VOXELS and weights >= LARGE_CORE:
         return Verdict(
             False,
-            f"{voxels} output voxels, fewer than {FEWEST_VOXELS}: packing the weights costs more than it saves",
+            f"a core of {weights:,} weights for {voxels} output voxels (limits {LARGE_CORE:,} and {FEW_VOXELS}): "
+            "packing it takes longer than what it saves",
         )
     return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
 
