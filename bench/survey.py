@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,7 +28,7 @@ from tucker_ops.cost import one_pass_cost
 from tucker_ops.types import ConvSpec
 
 EFFORT = Effort(seconds=0.15, fewest_rounds=7, most_rounds=40, memory=False)
-MOST_MACS = 2e8
+MOST_MACS = 4e8
 
 
 def random_layers(seed: int) -> Iterator[BenchProblem]:
@@ -54,12 +55,15 @@ def random_layers(seed: int) -> Iterator[BenchProblem]:
             yield BenchProblem("random", "survey", spec, ranks, size)
 
 
-def kind_of(problem: BenchProblem) -> str:
-    """The class a predicate could decide by: size of the core, and output voxels to the next power of 4."""
-    core = math.prod(problem.ranks) * math.prod(problem.spec.kernel_size)
-    size = "core of 400k weights or more" if core >= 400_000 else "smaller core"
-    voxels = math.prod(problem.spec.output_size(problem.size))
-    return f"{size}, up to {4 ** math.ceil(math.log(max(voxels, 16), 4)):>6,} voxels"
+def kind_of(problem: BenchProblem, layout: str) -> tuple[str, str, str]:
+    """Whether the automatic choice takes the kernel, taps of the core, and layout."""
+    taken = next(p.automatic for p in peers_of(problem) if p.name == f"{OURS}cpu" and p.layout == layout)
+    taps = math.prod(problem.spec.kernel_size)
+    return (
+        "taken" if taken else "declined",
+        "1 tap" if taps == 1 else "2 to 9 taps" if taps <= 9 else "more",
+        layout,
+    )
 
 
 def survey(seconds: float, seed: int) -> list[tuple[float, BenchProblem, str]]:
@@ -84,13 +88,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = survey(options.seconds, options.seed)
     console, groups = Console(), defaultdict(list)
-    for ratio, problem, _ in rows:
-        groups[kind_of(problem)].append(ratio)
-    table = Table("kind", "layers", "median", "80th percentile", "slower", title="cpu / reference, time")
+    for ratio, problem, layout in rows:
+        groups[kind_of(problem, layout)].append(ratio)
+    columns = ("choice", "core", "layout", "layers", "median", "80th percentile", "slower")
+    table = Table(*columns, title="time of cpu / time of reference", box=MARKDOWN)
     for kind, ratios in sorted(groups.items()):
         ordered = sorted(ratios)
         table.add_row(
-            kind,
+            *kind,
             str(len(ordered)),
             f"{statistics.median(ordered):.2f}",
             f"{ordered[int(0.8 * (len(ordered) - 1))]:.2f}",

@@ -39,18 +39,19 @@ struct Kernels {
   Run float32, bfloat16;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// static: a copy of these compiled with wider instructions must stay in its object file.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t ring_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
+static inline int64_t ring_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
   return t.slots * t.rows_in * t.cols_in * ceil_div(g.rank_in, lanes) * lanes;
 }
 
-inline int64_t plane_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
+static inline int64_t plane_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
   return t.rows * t.cols * ceil_div(g.rank_out, lanes) * lanes;
 }
 
 // Scratch a thread needs: the ring, one plane of the second stage's output, and the ring's tags.
-inline int64_t scratch_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
+static inline int64_t scratch_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
   return ring_floats(g, t, lanes) + plane_floats(g, t, lanes) + 2 * t.slots;
 }
 

@@ -11,7 +11,7 @@ import tucker_ops
 from tucker_ops.backends import native, select
 from tucker_ops.backends.base import Verdict
 from tucker_ops.errors import BackendError
-from tucker_ops.nn import TuckerConv3d
+from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 
 MODULE = TuckerConv3d(32, 32, 3, (16, 16), padding=1)
 PROBLEM = MODULE.problem((1, 32, 64, 64, 64))
@@ -62,7 +62,11 @@ def test_unpreferred_problems_go_to_the_reference():
     if not native.load() or native.isa() != "avx2":
         pytest.skip("the choice rests on measurements with the avx2 kernels, which are not in use here")
     deep = TuckerConv3d(320, 320, 3, (160, 160), padding=1).problem((1, 320, 4, 4, 4))
-    assert tucker_ops.explain(deep).chosen == "reference"
+    slices = TuckerConv2d(32, 32, 3, (16, 16)).problem((1, 32, 256, 256), layout="channels_last")
+    pointwise = TuckerConv3d(256, 256, 1, (128, 128)).problem((1, 256, 8, 8, 8))
+    for problem in (deep, slices, pointwise):
+        assert tucker_ops.explain(problem).chosen == "reference"
+        assert tucker_ops.explain(replace(problem, dtype=torch.bfloat16)).chosen == "cpu"
     assert tucker_ops.explain(PROBLEM).chosen == "cpu"
 
 

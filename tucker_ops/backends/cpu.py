@@ -10,8 +10,11 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.types import Problem
 
+# Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
 FEW_VOXELS = 128
 LARGE_CORE = 400_000
+MANY_CHANNELS = 256
+FEW_TAPS, MANY_VOXELS = 9, 8192
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -35,6 +38,8 @@ def _prefers(problem: Problem) -> Verdict:
         return Verdict(
             False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
         )
+    if problem.dtype == torch.bfloat16:
+        return Verdict(True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)")
     voxels = problem.batch * math.prod(problem.output_size)
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
     if voxels < FEW_VOXELS and weights >= LARGE_CORE:
@@ -42,6 +47,16 @@ def _prefers(problem: Problem) -> Verdict:
             False,
             f"a core of {weights:,} weights for {voxels} output voxels (limits {LARGE_CORE:,} and {FEW_VOXELS}): "
             "packing it takes longer than what it saves",
+        )
+    taps = math.prod(problem.kernel_size)
+    if taps == 1 and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS:
+        return Verdict(
+            False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
+        )
+    if taps <= FEW_TAPS and voxels >= MANY_VOXELS and problem.layout == "channels_last":
+        return Verdict(
+            False,
+            f"{taps} taps, {voxels:,} voxels, channels-last: torch's convolutions measure as fast or faster",
         )
     return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
 
