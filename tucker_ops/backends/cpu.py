@@ -39,21 +39,24 @@ def _prefers(problem: Problem) -> Verdict:
             False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
         )
     if problem.dtype == torch.bfloat16:
-        return Verdict(True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)")
+        return Verdict(
+            True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)"
+        )
     voxels = problem.batch * math.prod(problem.output_size)
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
-    if voxels < FEW_VOXELS and weights >= LARGE_CORE:
+    taps = math.prod(problem.kernel_size)
+    channels_last = problem.layout == "channels_last"
+    if not channels_last and voxels < FEW_VOXELS and weights >= LARGE_CORE:
         return Verdict(
             False,
             f"a core of {weights:,} weights for {voxels} output voxels (limits {LARGE_CORE:,} and {FEW_VOXELS}): "
             "packing it takes longer than what it saves",
         )
-    taps = math.prod(problem.kernel_size)
-    if taps == 1 and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS:
+    if not channels_last and taps == 1 and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS:
         return Verdict(
             False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
         )
-    if taps <= FEW_TAPS and voxels >= MANY_VOXELS and problem.layout == "channels_last":
+    if channels_last and taps <= FEW_TAPS and voxels >= MANY_VOXELS:
         return Verdict(
             False,
             f"{taps} taps, {voxels:,} voxels, channels-last: torch's convolutions measure as fast or faster",
