@@ -360,9 +360,9 @@ def test_table_for_rich():
     assert all(layer.name in text for layer in decided.layers)
 
 
-def test_trained_hippocampus_model_at_factor_03(shared_dir):
+def test_trained_hippocampus_model_at_factor_03(repo_root):
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
-    plans = next((shared_dir / "models" / "Dataset004_Hippocampus").glob("*/plans.json"))
+    plans = next((repo_root / "examples" / "hippocampus" / "model").glob("*/*/plans.json"))
     architecture = json.loads(plans.read_text())["configurations"]["3d_fullres"]["architecture"]
     arguments = dict(architecture["arch_kwargs"])
     for key in architecture["_kw_requires_import"]:

@@ -24,6 +24,6 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def hippocampus(shared_dir: Path) -> Path:
-    """The trained hippocampus model."""
-    return shared_dir / "models" / "Dataset004_Hippocampus" / TRAINER_FOLDER
+def hippocampus(repo_root: Path) -> Path:
+    """The trained hippocampus model of the repository's example, weights in fp16."""
+    return repo_root / "examples" / "hippocampus" / "model" / "Dataset004_Hippocampus" / TRAINER_FOLDER

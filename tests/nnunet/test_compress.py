@@ -156,7 +156,7 @@ def test_full_rank_computes_the_same(tmp_path, tiny_model):
 
 def test_hippocampus_at_full_rank(tmp_path, hippocampus):
     """Every eligible convolution of the trained model is factorised, and the logits stay."""
-    manifest = compress_folder(hippocampus, tmp_path / "dst", FULL_RANK)
+    manifest = compress_folder(hippocampus, tmp_path / "dst", FULL_RANK, dtype=torch.float32)
     assert len(manifest.plan.ranks) > 15
     assert all(layer.ranks == (layer.spec.in_channels, layer.spec.out_channels) or layer.reason
                for layer in manifest.plan.layers)  # fmt: skip
