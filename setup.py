@@ -11,6 +11,7 @@ Environment variables
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import json
@@ -20,10 +21,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 STATUS = "_build_status.json"
@@ -82,6 +85,10 @@ def build_native(target: Path) -> str:
     abi = sysconfig.get_config_var("SOABI")
     key = hashlib.sha256(f"{torch_path}{abi}{cxx}".encode()).hexdigest()[:8]
     build = ROOT / "build" / f"{sysconfig.get_platform()}-torch{torch_version}-{key}"
+    if "pip-build-env-" in str(torch_path):
+        # An isolated build's torch is gone afterwards: nothing of this folder could be used again.
+        build = Path(tempfile.mkdtemp(prefix="tucker_ops-build-"))
+        atexit.register(shutil.rmtree, build, ignore_errors=True)
     configure = [
         *(cmake(), "-S", str(ROOT), "-B", str(build), *ninja()),
         f"-DCMAKE_INSTALL_PREFIX={target}",
@@ -104,6 +111,15 @@ def build_native(target: Path) -> str:
     return f"compiled by {cxx} against torch {torch_version}"
 
 
+class BuildModules(build_py):
+    """Starts from an empty folder: setuptools would ship modules that were deleted since the last build."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "tucker_ops", ignore_errors=True)
+        super().run()
+
+
 class BuildNative(build_ext):
     """Delegates to CMake and notes the outcome beside the package's code."""
 
@@ -113,13 +129,15 @@ class BuildNative(build_ext):
         ) / "tucker_ops"
         target.mkdir(parents=True, exist_ok=True)
         mode = os.environ.get("TUCKER_NATIVE", "")
+        if mode not in ("", "0", "1"):
+            raise SystemExit(f"tucker_ops: TUCKER_NATIVE must be 0, 1 or unset, got {mode!r}")
         for stale in [*target.glob("libtucker_ops_native.so"), *target.glob("_host.*.so")]:
             stale.unlink()
         try:
             if mode == "0":
                 raise Unbuildable("switched off by TUCKER_NATIVE=0 at installation")
             status = {"native": "built", "reason": build_native(target)}
-        except Unbuildable as error:
+        except (Unbuildable, OSError) as error:
             if mode == "1":
                 raise SystemExit(
                     f"tucker_ops: TUCKER_NATIVE=1, but the extension does not build: {error}"
@@ -145,5 +163,5 @@ setup(
     version=version(),
     # Without sources: it only tells setuptools that the wheel belongs to one platform.
     ext_modules=[Extension("tucker_ops._native", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_py": BuildModules, "build_ext": BuildNative},
 )

@@ -32,12 +32,12 @@ MOST_MACS = 4e8
 
 
 def random_layers(seed: int) -> Iterator[BenchProblem]:
-    """Endless layers of 2D and 3D networks: kernel 1, 3, 5 or flat, stride 1 to 3, some dilated."""
+    """Endless layers of 2D and 3D networks: kernel 1, 3, 5 or flat, stride 1 to 3, some dilated up to 12."""
     rng = random.Random(seed)
     while True:
         ndim = rng.choice([2, 3, 3])
         kernel = rng.choice([(3,) * ndim, (3,) * ndim, (1,) + (3,) * (ndim - 1), (5,) * ndim, (1,) * ndim])
-        dilation = 2 if rng.random() < 0.15 else 1
+        dilation = rng.choice([2, 3, 6, 12]) if rng.random() < 0.2 else 1
         channels = rng.choice([8, 16, 32, 64, 128, 256, 320])
         out = rng.choice([channels, channels, 2 * channels, max(8, channels // 2)])
         share = rng.choice([0.25, 0.5, 1.0])

@@ -117,6 +117,21 @@ except tucker_ops.errors.BackendError as error:
     assert "\nreference\n" in out
 
 
+def test_an_unknown_switch_is_refused(repo_root, tmp_path):
+    source = copy_of_sources(repo_root, tmp_path / "source")
+    failed = pip(
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        tmp_path,
+        source,
+        TUCKER_NATIVE="off",
+    )
+    assert failed.returncode != 0 and "must be 0, 1 or unset" in failed.stderr + failed.stdout
+
+
 def test_strict_installation_fails_where_the_extension_cannot_be_built(repo_root, tmp_path):
     source = copy_of_sources(repo_root, tmp_path / "source")
     target = tmp_path / "target"

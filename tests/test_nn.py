@@ -83,7 +83,23 @@ def test_layers_that_cannot_be_factorised(conv, error, words):
         TuckerConv3d.from_conv(conv, (2, 2))
 
 
-@pytest.mark.parametrize("ranks", [(5, 2), (2, 0), (2,), "x"])
+def test_a_subclass_with_its_own_forward_is_refused():
+    class Standardised(nn.Conv3d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    with pytest.raises(ConversionError, match="forward of its own"):
+        TuckerConv3d.from_conv(Standardised(4, 4, 3), (2, 2))
+
+
+def test_numpy_geometry():
+    numpy = pytest.importorskip("numpy")
+    conv = nn.Conv3d(4, 4, 3, padding=numpy.int64(1), stride=numpy.int64(2))
+    x = torch.randn(1, 4, 6, 6, 6)
+    torch.testing.assert_close(TuckerConv3d.from_conv(conv, (4, 4))(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [(5, 2), (2, 0), (2,), "x", (2.7, 2)])
 def test_ranks_out_of_range(ranks):
     with pytest.raises(RankError, match="ranks"):
         TuckerConv3d.from_conv(nn.Conv3d(4, 4, 3), ranks)

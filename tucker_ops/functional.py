@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tucker_ops.backends.select import Explanation, explain_problem
-from tucker_ops.errors import DtypeError, ShapeError
-from tucker_ops.ops.check import ntuple, problem_of
+from tucker_ops.errors import BackendError, ShapeError
+from tucker_ops.ops.check import check_tensors, ntuple, problem_of
+from tucker_ops.ops.reference import three_convs
 from tucker_ops.types import Problem
 
 IntOrInts = int | Sequence[int]
@@ -45,12 +47,24 @@ def tucker_conv(
     Returns:
         [N, C_out, *output] in the input's dtype; channels-last if the input is, else contiguous.
 
+    Backward works to second order; forward-mode derivatives run on the reference.
+
     Raises:
         ShapeError, RankError, DtypeError, DeviceError: arguments that do not fit together.
         BackendError: a named backend that does not exist or cannot run this problem.
     """
+    check_tensors(input=input, u_in=u_in, core=core, u_out=u_out, bias=bias)
     batched, geometry = _normalise(input, core, stride, padding, dilation)
-    out = torch.ops.tucker_ops.tucker_conv(batched, u_in, core, u_out, bias, *geometry, backend=backend)
+    if backend is not None and not isinstance(backend, str):
+        raise BackendError(f"backend must be a name, got {backend!r}; see tucker_ops.backends()")
+    if forward_ad._current_level >= 0:
+        # A custom op has no forward-mode derivative and would silently return a zero tangent.
+        if backend not in (None, "reference"):
+            raise BackendError(f"backend {backend!r} has no forward-mode derivative; leave backend unset")
+        problem_of(batched, u_in, core, u_out, bias, *geometry)
+        out = three_convs(batched, u_in, core, u_out, bias, *geometry)
+    else:
+        out = torch.ops.tucker_ops.tucker_conv(batched, u_in, core, u_out, bias, *geometry, backend=backend)
     return out if batched is input else out.squeeze(0)
 
 
@@ -72,14 +86,12 @@ def explain(
     """
     if isinstance(input, Problem):
         return explain_problem(input, backend)
+    check_tensors(input=input, u_in=u_in, core=core, u_out=u_out, bias=bias)
     batched, geometry = _normalise(input, core, stride, padding, dilation)
     return explain_problem(problem_of(batched, u_in, core, u_out, bias, *geometry), backend)
 
 
 def _normalise(input, core, stride, padding, dilation):
-    for name, tensor in (("input", input), ("core", core)):
-        if not isinstance(tensor, Tensor):
-            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     ndim = core.dim() - 2
     if ndim not in (2, 3):
         raise ShapeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,20 @@ def spec_of(conv: nn.Module) -> ConvSpec:
     return ConvSpec(
         in_channels=conv.in_channels,
         out_channels=conv.out_channels,
-        kernel_size=tuple(conv.kernel_size),
-        stride=tuple(conv.stride),
-        padding=tuple(padding),
-        dilation=tuple(conv.dilation),
+        kernel_size=_ints(conv.kernel_size),
+        stride=_ints(conv.stride),
+        padding=_ints(padding),
+        dilation=_ints(conv.dilation),
         groups=conv.groups,
         bias=conv.bias is not None,
         transposed=transposed,
-        output_padding=tuple(conv.output_padding) if transposed else (),
+        output_padding=_ints(conv.output_padding) if transposed else (),
     )
+
+
+def _ints(values: Sequence[int]) -> tuple[int, ...]:
+    """Python's integers from torch's or numpy's."""
+    return tuple(int(v) for v in values)
 
 
 class _TuckerConv(nn.Module):
@@ -133,6 +139,10 @@ class _TuckerConv(nn.Module):
         if not isinstance(conv, dense):
             raise ConversionError(
                 f"{cls.__name__}.from_conv takes nn.{dense.__name__}, got {type(conv).__name__}"
+            )
+        if type(conv).forward is not dense.forward:
+            raise ConversionError(
+                f"{type(conv).__name__} has a forward of its own, which factors of its weight would not reproduce"
             )
         spec = spec_of(conv)
         weight = conv.weight.detach()
@@ -352,7 +362,7 @@ def _checked_ranks(spec: ConvSpec, ranks: tuple[int, int]) -> tuple[int, int]:
             f"a convolution with {spec.groups} groups cannot be factorised over its channels"
         )
     try:
-        rank_in, rank_out = (int(r) for r in ranks)
+        rank_in, rank_out = (operator.index(r) for r in ranks)
     except (TypeError, ValueError):
         raise RankError(f"ranks must be two integers (R_in, R_out), got {ranks!r}") from None
     if not 1 <= rank_in <= spec.in_channels or not 1 <= rank_out <= spec.out_channels:

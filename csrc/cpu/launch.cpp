@@ -24,9 +24,11 @@ namespace tucker_ops::cpu {
 namespace {
 
 constexpr int64_t kAlignment = 64;
+constexpr int64_t kMostGeometry = INT32_MAX;
 // The ring and the output plane of a tile should stay in a core's L2 cache, half of the 512 KB that small server
 // cores have; weights and input stream through the other half.
 constexpr int64_t kTileBytes = 256 * 1024;
+constexpr int64_t kMostTileBytes = 16 * kTileBytes;
 constexpr int64_t kMinMacsPerThread = 200'000;
 constexpr int64_t kMinPackedPerThread = 20'000;
 
@@ -111,21 +113,43 @@ Tiles tile_of(const Geometry& g, int64_t rows, int64_t cols) {
   return t;
 }
 
-// The tile, among those that fit, whose halo costs least; whole rows unless even a few of them are too many.
+// Work of a tile per output voxel, in MACs: what the halo adds to the first stage, and a surcharge for tiles
+// that leave the cache. Input outside the volume costs nothing, and rows that no output reads are skipped.
+double work_per_voxel(const Geometry& g, const Tiles& t, int64_t bytes) {
+  const double rows_read = std::min({t.rows_in, t.rows * g.kernel[1], g.in[1]});
+  const double cols_read = std::min(t.cols_in, g.in[2]);
+  const double reduce = rows_read * cols_read * g.stride[0] * g.rank_in * g.in_channels;
+  const double taps = static_cast<double>(g.kernel[0]) * g.kernel[1] * g.kernel[2];
+  const double rest = (taps * g.rank_in + g.out_channels) * g.rank_out;
+  const double surcharge = bytes <= kTileBytes ? 1.0 : bytes <= 4 * kTileBytes ? 1.2 : 1.5;
+  return (reduce / (t.rows * t.cols) + rest) * surcharge;
+}
+
+// The tile of least work among the largest that fit each of a few limits; a wide dilation makes halos that
+// are worth a larger tile than the cache holds.
 Tiles choose_tiles(const Geometry& g, int64_t lanes) {
-  constexpr int64_t few_rows = 4, few_cols = 16;
-  auto fits = [&](int64_t rows, int64_t cols) {
-    const Tiles t = tile_of(g, rows, cols);
-    return (ring_floats(g, t, lanes) + plane_floats(g, t, lanes)) * int64_t{sizeof(float)} <= kTileBytes;
+  auto bytes = [&](const Tiles& t) {
+    return (ring_floats(g, t, lanes) + plane_floats(g, t, lanes)) * static_cast<int64_t>(sizeof(float));
   };
-  int64_t cols = g.out[2];
-  while (cols > few_cols && !fits(std::min(few_rows, g.out[1]), cols)) cols = ceil_div(cols, 2);
-  int64_t rows = 1;
-  while (rows < g.out[1] && fits(rows + 1, cols)) ++rows;
-  while (rows == 1 && cols > 1 && !fits(rows, cols)) cols = ceil_div(cols, 2);
-  rows = ceil_div(g.out[1], ceil_div(g.out[1], rows));
-  cols = ceil_div(g.out[2], ceil_div(g.out[2], cols));
-  return tile_of(g, rows, cols);
+  Tiles best = tile_of(g, 1, 1);
+  double least = work_per_voxel(g, best, bytes(best));
+  for (int64_t limit = kTileBytes; limit <= kMostTileBytes; limit *= 4) {
+    for (int64_t cols = g.out[2];; cols = ceil_div(cols, 2)) {
+      // Bytes grow linearly with rows, so the most that fit follow from two sizes.
+      const int64_t one = bytes(tile_of(g, 1, cols)), step = g.out[1] > 1 ? bytes(tile_of(g, 2, cols)) - one : 1;
+      if (one <= limit) {
+        const int64_t most = std::min(g.out[1], 1 + (limit - one) / step);
+        const Tiles tile = tile_of(g, ceil_div(g.out[1], ceil_div(g.out[1], most)), cols);
+        const double work = work_per_voxel(g, tile, bytes(tile));
+        if (work < least) {
+          least = work;
+          best = tile;
+        }
+      }
+      if (cols == 1) break;
+    }
+  }
+  return best;
 }
 
 Strides strides_of(const Tensor& tensor, int64_t ndim) {
@@ -157,8 +181,10 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   g.rank_out = core.size(0);
   g.out_channels = u_out.size(0);
   STD_TORCH_CHECK(u_in.dim() == 2 && u_out.dim() == 2 && u_in.size(0) == g.rank_in && u_in.size(1) == g.in_channels &&
-                      u_out.size(1) == g.rank_out && (!bias || bias->numel() == g.out_channels),
+                      u_out.size(1) == g.rank_out && (!bias || (bias->dim() == 1 && bias->size(0) == g.out_channels)),
                   "tucker_ops::_tucker_conv_cpu: weights do not fit together");
+  STD_TORCH_CHECK(g.in_channels > 0 && g.rank_in > 0 && g.rank_out > 0 && g.out_channels > 0,
+                  "tucker_ops::_tucker_conv_cpu: channels and ranks must be at least 1");
   std::vector<int64_t> out_size{g.batch, g.out_channels};
   for (int64_t axis = 0; axis < 3; ++axis) {
     const int64_t a = axis - (3 - ndim);
@@ -167,8 +193,11 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
     g.stride[axis] = a < 0 ? 1 : stride[a];
     g.padding[axis] = a < 0 ? 0 : padding[a];
     g.dilation[axis] = a < 0 ? 1 : dilation[a];
-    STD_TORCH_CHECK(g.stride[axis] > 0 && g.dilation[axis] > 0 && g.padding[axis] >= 0,
-                    "tucker_ops::_tucker_conv_cpu: bad stride, padding or dilation");
+    STD_TORCH_CHECK(g.in[axis] > 0 && g.kernel[axis] > 0 && g.kernel[axis] <= kMostGeometry && g.stride[axis] > 0 &&
+                        g.stride[axis] <= kMostGeometry && g.dilation[axis] > 0 && g.dilation[axis] <= kMostGeometry &&
+                        g.padding[axis] >= 0 && g.padding[axis] <= kMostGeometry,
+                    "tucker_ops::_tucker_conv_cpu: extents, kernel, stride, padding and dilation must be positive and "
+                    "below 2^31 (padding may be 0)");
     const int64_t room = g.in[axis] + 2 * g.padding[axis] - g.dilation[axis] * (g.kernel[axis] - 1) - 1;
     STD_TORCH_CHECK(room >= 0, "tucker_ops::_tucker_conv_cpu: the kernel does not fit into the padded input");
     g.out[axis] = room / g.stride[axis] + 1;

@@ -40,13 +40,18 @@ WRONG = {
     ),
     "device": ({"u_in": torch.randn(4, 5, device="meta")}, errors.DeviceError, "meta"),
     "not a tensor": ({"input": [1.0]}, errors.DtypeError, "list"),
-    "stride 0": ({"stride": 0}, errors.ShapeError, "stride must be at least 1"),
+    "stride 0": ({"stride": 0}, errors.ShapeError, "stride must lie between 1"),
     "stride length": ({"stride": (1, 2)}, errors.ShapeError, "2 entries"),
     "stride type": ({"stride": 1.5}, errors.ShapeError, "1.5"),
     "padding negative": ({"padding": (-1, 0, 0)}, errors.ShapeError, "padding"),
     "dilation": ({"dilation": 0}, errors.ShapeError, "dilation"),
     "kernel does not fit": ({"input": torch.randn(1, 5, 2, 7, 8)}, errors.ShapeError, "pad more"),
     "empty extent": ({"input": torch.randn(1, 5, 0, 7, 8), "padding": 3}, errors.ShapeError, "at least 1"),
+    "u_in is a list": ({"u_in": [1.0]}, errors.DtypeError, "u_in must be a torch.Tensor, got list"),
+    "bias is a number": ({"bias": 1.0}, errors.DtypeError, "bias must be a torch.Tensor, got float"),
+    "sparse": ({"input": torch.randn(1, 5, 6, 7, 8).to_sparse()}, errors.DtypeError, "sparse"),
+    "huge padding": ({"padding": 2**62}, errors.ShapeError, "2147483647"),
+    "backend is no name": ({"backend": 3}, errors.BackendError, "must be a name"),
     "unknown backend": ({"backend": "gpu"}, errors.BackendError, "reference"),
 }
 
@@ -70,6 +75,44 @@ def test_a_named_backend_that_cannot_run_says_why():
         pytest.skip(tucker_ops.backends()["cpu"].reason)
     with pytest.raises(errors.BackendError, match="float32 and bfloat16, not float64"):
         tucker_ops.tucker_conv(**arguments(torch.float64), backend="cpu")
+
+
+def test_numpy_integers_are_integers():
+    numpy = pytest.importorskip("numpy")
+    given = arguments()
+    plain = tucker_ops.tucker_conv(**given, stride=(1, 2, 1), padding=1)
+    other = tucker_ops.tucker_conv(**given, stride=(1, numpy.int64(2), 1), padding=numpy.int32(1))
+    assert torch.equal(plain, other)
+
+
+def test_a_ring_that_does_not_fit_goes_to_the_reference():
+    if not tucker_ops.backends()["cpu"].ok:
+        pytest.skip(tucker_ops.backends()["cpu"].reason)
+    far = 2**20
+    given = arguments(core=torch.randn(3, 4, 2, 2, 2), stride=far, padding=far, dilation=far)
+    assert tucker_ops.explain(**given).chosen == "reference"
+    with pytest.raises(errors.BackendError, match="bytes of intermediate"):
+        tucker_ops.tucker_conv(**given, backend="cpu")
+
+
+def test_the_private_op_guards_itself():
+    """It may be called without our Python checks, by an exported program: it must not crash or overread."""
+    if not tucker_ops.backends()["cpu"].ok:
+        pytest.skip(tucker_ops.backends()["cpu"].reason)
+    x, u_in, core, u_out, bias = arguments().values()
+    ones, zeros = [1, 1, 1], [0, 0, 0]
+    call = torch.ops.tucker_ops._tucker_conv_cpu
+    wrong = {
+        "zero rank": (x, u_in[:0], core[:, :0], u_out, bias, ones, zeros, ones),
+        "no channels": (x[:, :0], u_in[:, :0], core, u_out, bias, ones, zeros, ones),
+        "empty kernel": (x, u_in, core[..., :0], u_out, bias, ones, zeros, ones),
+        "bias shape": (x, u_in, core, u_out, bias[None], ones, zeros, ones),
+        "geometry": (x, u_in, core, u_out, bias, [2**61] * 3, [2**61] * 3, [2**61] * 3),
+    }
+    for what, args in wrong.items():
+        with pytest.raises(RuntimeError, match="_tucker_conv_cpu"):
+            call(*args)
+            pytest.fail(what)
 
 
 def test_the_raw_op_checks_too():

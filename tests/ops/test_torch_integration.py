@@ -1,4 +1,4 @@
-"""The op inside torch's machinery: opcheck, autocast, compile, export, AOTInductor's private op."""
+"""The op inside torch's machinery: opcheck, autocast, compile, export."""
 
 from __future__ import annotations
 

@@ -53,20 +53,23 @@ def test_the_error_measure_sees_an_unwritten_element(poisoned):
     assert not relative_rms(torch.empty(100), expected) <= 1.0
 
 
-@pytest.mark.parametrize("case", CASES[::6], ids=str)
-def test_gradients_match_float64(case):
-    tensors = case.tensors(torch.float32, requires_grad=True)
-    exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    out = tucker_ops.tucker_conv(*tensors, *case.geometry)
-    weight = torch.randn(out.shape)
-    (out * weight).sum().backward()
-    expected = tucker_ops.ops.reference.three_convs(*exact, *(list(g) for g in case.geometry))
-    (expected * weight.double()).sum().backward()
-    for actual, wanted in zip(tensors, exact, strict=True):
-        if actual is not None:
-            assert actual.grad.shape == actual.shape
-            limit = tolerance(torch.float32, wanted.numel(), GRADIENT_TOLERANCE)
-            assert relative_rms(actual.grad, wanted.grad) <= limit
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_match_float64(backend):
+    if not tucker_ops.backends()[backend].ok:
+        pytest.skip(tucker_ops.backends()[backend].reason)
+    for case in CASES:
+        tensors = case.tensors(torch.float32, requires_grad=True)
+        exact = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+        out = tucker_ops.tucker_conv(*tensors, *case.geometry, backend=backend)
+        weight = torch.randn(out.shape)
+        (out * weight).sum().backward()
+        expected = tucker_ops.ops.reference.three_convs(*exact, *(list(g) for g in case.geometry))
+        (expected * weight.double()).sum().backward()
+        for actual, wanted in zip(tensors, exact, strict=True):
+            if actual is not None:
+                assert actual.grad.shape == actual.shape
+                limit = tolerance(torch.float32, wanted.numel(), GRADIENT_TOLERANCE)
+                assert relative_rms(actual.grad, wanted.grad) <= limit, f"{case}, {tuple(wanted.shape)}"
 
 
 def test_gradcheck_first_and_second_order():
@@ -143,8 +146,29 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
 
 
 def test_tiles_in_height_and_width(isa):
-    """Large enough that the plane is cut both ways, so tile seams are inside the output."""
+    """A plane of 160 channels in float32 of this extent is 20 MB: more than any tile, so seams are inside."""
     case = Case(
-        5, 1, (8, 160, 96, 8), (3, 40, 200), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous"
+        5, 1, (8, 160, 16, 8), (3, 60, 500), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous"
     )
     check(case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dilation", [4, 12, 18])
+def test_wide_dilation(isa, dilation):
+    case = Case(
+        6, 1, (24, 16, 16, 9), (32, 37), (3, 3), (1, 1), (dilation,) * 2, (dilation,) * 2, True, "contiguous"
+    )
+    check(case, torch.float32, "cpu")
+
+
+def test_forward_mode_derivative():
+    tensors = SMALL.tensors(torch.float64)
+    tangents = [torch.randn_like(t) for t in tensors]
+
+    def call(*args):
+        return tucker_ops.tucker_conv(*args, *SMALL.geometry)
+
+    _, actual = torch.func.jvp(call, tuple(tensors), tuple(tangents))
+    step = 1e-6
+    moved = [[t + sign * step * d for t, d in zip(tensors, tangents, strict=True)] for sign in (1, -1)]
+    torch.testing.assert_close(actual, (call(*moved[0]) - call(*moved[1])) / (2 * step), rtol=1e-5, atol=1e-6)

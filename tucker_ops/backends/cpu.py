@@ -10,6 +10,8 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.types import Problem
 
+MOST_RING_BYTES = 64 * 2**20
+
 # Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
 FEW_VOXELS = 128
 LARGE_CORE = 400_000
@@ -23,6 +25,15 @@ def _supports(problem: Problem) -> Verdict:
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+        )
+    # The least a thread holds: the ring for a single output voxel.
+    reach = [d * (k - 1) + 1 for d, k in zip(problem.dilation, problem.kernel_size, strict=True)]
+    ring = 4 * problem.rank_in * math.prod(reach)
+    if ring > MOST_RING_BYTES:
+        return Verdict(
+            False,
+            f"dilation {problem.dilation} spreads the kernel over {ring:,} bytes of intermediate for one voxel, "
+            f"more than {MOST_RING_BYTES:,}",
         )
     if native.isa() not in native.isas():
         return Verdict(
@@ -46,7 +57,7 @@ def _prefers(problem: Problem) -> Verdict:
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
     taps = math.prod(problem.kernel_size)
     channels_last = problem.layout == "channels_last"
-    if not channels_last and voxels < FEW_VOXELS and weights >= LARGE_CORE:
+    if not channels_last and voxels <= FEW_VOXELS and weights >= LARGE_CORE:
         return Verdict(
             False,
             f"a core of {weights:,} weights for {voxels} output voxels (limits {LARGE_CORE:,} and {FEW_VOXELS}): "
@@ -67,5 +78,8 @@ def _prefers(problem: Problem) -> Verdict:
 def _run(*args) -> torch.Tensor:
     return torch.ops.tucker_ops._tucker_conv_cpu(*args)
 
+
+# At import, not at first use: an exported program may call the private op before anyone calls ours.
+native.load()
 
 CPU = Backend(name="cpu", available=native.load, supports=_supports, prefers=_prefers, run=_run)

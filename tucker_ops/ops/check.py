@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -14,18 +15,34 @@ from tucker_ops.types import Problem
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+LARGEST = 2**31 - 1
+
+
 def ntuple(value: int | Sequence[int], ndim: int, name: str, minimum: int) -> list[int]:
-    """`value` as one integer per spatial axis, each at least `minimum`; raises ShapeError otherwise."""
+    """`value` as one integer per spatial axis, each from `minimum` to 2**31 - 1; raises ShapeError otherwise."""
     values = list(value) if isinstance(value, Sequence) else [value]
     if len(values) == 1:
         values = values * ndim
-    if any(isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)) for v in values):
-        raise ShapeError(f"{name} must be an integer or {ndim} integers, got {value!r}")
     if len(values) != ndim:
         raise ShapeError(f"{name} has {len(values)} entries for a {ndim}D convolution: give 1 or {ndim}")
-    if any(v < minimum for v in values):
-        raise ShapeError(f"{name} must be at least {minimum} on every axis, got {values}")
+    if any(isinstance(v, bool) or not isinstance(v, (Integral, torch.SymInt)) for v in values):
+        raise ShapeError(f"{name} must be an integer or {ndim} integers, got {value!r}")
+    # numpy's integers are fine, but the op's schema takes Python's.
+    values = [v if isinstance(v, torch.SymInt) else int(v) for v in values]
+    if any(v < minimum or v > LARGEST for v in values):
+        raise ShapeError(f"{name} must lie between {minimum} and {LARGEST} on every axis, got {values}")
     return values
+
+
+def check_tensors(**given: Tensor | None) -> None:
+    """Raise DtypeError unless each is a dense (strided) torch.Tensor; `bias` may be None."""
+    for name, tensor in given.items():
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise DtypeError(f"{name} has layout {tensor.layout}; convert it with .to_dense()")
 
 
 def problem_of(
@@ -42,12 +59,10 @@ def problem_of(
 
     Raises ShapeError, RankError, DtypeError or DeviceError if they do not fit together.
     """
+    check_tensors(input=input, u_in=u_in, core=core, u_out=u_out, bias=bias)
     given = {"input": input, "u_in": u_in, "core": core, "u_out": u_out}
     if bias is not None:
         given["bias"] = bias
-    for name, tensor in given.items():
-        if not isinstance(tensor, Tensor):
-            raise DtypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     ndim = core.dim() - 2
     if ndim not in (2, 3):
         raise ShapeError(
@@ -82,7 +97,10 @@ def problem_of(
 
     dtypes = {name: tensor.dtype for name, tensor in given.items()}
     if len(set(dtypes.values())) != 1:
-        raise DtypeError(f"all tensors must have one dtype (or run under autocast), got {dtypes}")
+        raise DtypeError(
+            f"all tensors must have one dtype, got {dtypes}: convert them with .to(dtype), or run under "
+            "autocast, which converts all but float64"
+        )
     if input.dtype not in DTYPES:
         raise DtypeError(f"dtype {input.dtype} is not computed; use one of {[str(d) for d in DTYPES]}")
     devices = {name: str(tensor.device) for name, tensor in given.items()}
