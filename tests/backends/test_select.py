@@ -64,7 +64,8 @@ def test_unpreferred_problems_go_to_the_reference():
     deep = TuckerConv3d(320, 320, 3, (160, 160), padding=1).problem((1, 320, 4, 4, 4))
     slices = TuckerConv2d(32, 32, 3, (16, 16)).problem((1, 32, 256, 256), layout="channels_last")
     pointwise = TuckerConv3d(256, 256, 1, (128, 128)).problem((1, 256, 8, 8, 8))
-    for problem in (deep, slices, pointwise):
+    wide = TuckerConv2d(256, 256, 3, (128, 128), padding=12, dilation=12).problem((1, 256, 32, 32))
+    for problem in (deep, slices, pointwise, wide):
         assert tucker_ops.explain(problem).chosen == "reference"
         assert tucker_ops.explain(replace(problem, dtype=torch.bfloat16)).chosen == "cpu"
     assert tucker_ops.explain(PROBLEM).chosen == "cpu"

@@ -17,6 +17,7 @@ FEW_VOXELS = 128
 LARGE_CORE = 400_000
 MANY_CHANNELS = 256
 FEW_TAPS, MANY_VOXELS = 9, 8192
+WIDE_HALO = 0.5
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -66,6 +67,17 @@ def _prefers(problem: Problem) -> Verdict:
     if not channels_last and taps == 1 and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS:
         return Verdict(
             False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
+        )
+    halo = [
+        d * (k - 1) / n
+        for d, k, n in zip(problem.dilation, problem.kernel_size, problem.input_size, strict=True)
+        if d > 1
+    ]
+    if problem.ndim == 2 and max(halo, default=0) >= WIDE_HALO:
+        return Verdict(
+            False,
+            f"dilation {problem.dilation} on input {problem.input_size}: the halo is as large as the tile, "
+            "so the plane is not shared out among threads",
         )
     if channels_last and taps <= FEW_TAPS and voxels >= MANY_VOXELS:
         return Verdict(
