@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -132,7 +133,8 @@ Tiles choose_tiles(const Geometry& g, int64_t lanes) {
     return (ring_floats(g, t, lanes) + plane_floats(g, t, lanes)) * static_cast<int64_t>(sizeof(float));
   };
   Tiles best = tile_of(g, 1, 1);
-  double least = work_per_voxel(g, best, bytes(best));
+  // Not the work of that tile: without a halo all tiles tie, and the first, of whole rows, must win.
+  double least = std::numeric_limits<double>::infinity();
   for (int64_t limit = kTileBytes; limit <= kMostTileBytes; limit *= 4) {
     for (int64_t cols = g.out[2];; cols = ceil_div(cols, 2)) {
       // Bytes grow linearly with rows, so the most that fit follow from two sizes.
