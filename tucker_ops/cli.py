@@ -6,6 +6,7 @@ Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from enum import Enum
@@ -402,6 +403,9 @@ class case_progress:
 
 def main() -> None:
     """Entry point. An error that tucker_ops raises on purpose is one message and exit code 2."""
+    # A batch system ends jobs with these; as an exit, they clean up what is half-made.
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         app()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -280,6 +282,60 @@ def test_existing_output(tmp_path, tiny_model):
     )
     assert (tmp_path / "dst" / "plans.json").read_text() != before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_force_replaces_only_what_we_wrote(tmp_path, tiny_model):
+    """A trained model, or a results folder that holds anything else, survives --force."""
+    trained = make_model(tmp_path / "trained")
+    before = files(trained)
+    with pytest.raises(OutputExistsError, match="no earlier output"):
+        compress_folder(tiny_model, trained, HALF, force=True)
+    assert files(trained) == before
+
+    weights, results = tmp_path / "weights", tmp_path / "small"
+    make_model(weights / "Dataset001_A" / "nnUNetTrainer__nnUNetPlans__3d_fullres")
+    compress_tree(weights, results, HALF)
+    compress_tree(weights, results, HALF, force=True)
+    (results / "important.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="no earlier output"):
+        compress_tree(weights, results, HALF, force=True)
+    assert (results / "important.txt").read_text() == "mine"
+
+
+def test_a_tree_with_totalsegmentators_names(tmp_path):
+    """Its trainers' folder names, no mirroring, and what nnU-Net leaves beside models."""
+    name = "Dataset297_Fast/nnUNetTrainer_4000epochs_NoMirroring__nnUNetPlans__3d_fullres"
+    source = make_model(tmp_path / "weights" / name)
+    path = source / "fold_0" / "checkpoint_final.pth"
+    checkpoint = read_checkpoint(path) | {"inference_allowed_mirroring_axes": None}
+    torch.save(checkpoint, path)
+    leftovers = source / "crossval_results_folds_0"
+    leftovers.mkdir()
+    for part in ("plans.json", "dataset.json"):
+        (leftovers / part).write_bytes((source / part).read_bytes())
+    compress_tree(tmp_path / "weights", tmp_path / "small", HALF)
+    written = read_checkpoint(tmp_path / "small" / name / "fold_0" / "checkpoint_final.pth")
+    assert written["inference_allowed_mirroring_axes"] is None
+    assert [p.name for p in (tmp_path / "small").iterdir()] == ["Dataset297_Fast"]
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGHUP"])
+def test_a_batch_system_ending_the_job_leaves_nothing(tmp_path, hippocampus, signal_name):
+    command = [
+        sys.executable,
+        "-m",
+        "tucker_ops",
+        "compress",
+        str(hippocampus),
+        "-o",
+        str(tmp_path / "a" / "dst"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(tmp_path.glob("a/.dst.*")):
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, signal_name))
+        assert process.wait(60) == 128 + getattr(signal, signal_name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", [".", "inside", ".."])

@@ -12,6 +12,7 @@ from tiny import make_model
 
 from tucker_ops.errors import CheckpointError, ModelFolderError, UnsupportedArchitectureError
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint
+from tucker_ops.nnunet.compress import load_network
 from tucker_ops.nnunet.folder import find_model_folders, read_model_folder
 from tucker_ops.nnunet.networks import tucker_architecture
 
@@ -167,3 +168,83 @@ def test_casting_keeps_shared_tensors_shared(tiny_model):
         < len(cast)
     )
     assert all(cast[name].dtype == torch.float16 for name in cast)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"init_args": None},
+        {"init_args": {"configuration": 3}},
+        {"network_weights": None},
+        {"network_weights": {"a": 1.0}},
+        {"trainer_name": None},
+        {"trainer_name": 7},
+    ],
+    ids=str,
+)
+def test_checkpoint_with_entries_of_another_kind(tiny_model, change):
+    path = tiny_model / "fold_0" / "checkpoint_final.pth"
+    torch.save(read_checkpoint(path) | change, path)
+    with pytest.raises(CheckpointError, match="lacks"):
+        read_checkpoint(path)
+
+
+def test_a_damaged_checkpoint(tiny_model):
+    path = tiny_model / "fold_0" / "checkpoint_final.pth"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 100] = bytes(b ^ 0xFF for b in content[middle : middle + 100])
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_model_folder(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda plans, _: plans.update(configurations=[]), "configurations is no object"),
+        (lambda plans, _: plans.update(configurations=None), "configurations is no object"),
+        (
+            lambda plans, _: plans["configurations"].update({"3d_fullres": {"inherits_from": "nothing"}}),
+            "plans.json",
+        ),
+        (lambda plans, _: plans["configurations"]["3d_fullres"].update(patch_size=None), "plans.json"),
+        (lambda _, dataset: dataset.pop("file_ending"), "file_ending"),
+        (lambda _, dataset: dataset.update(labels=3), "dataset.json"),
+    ],
+)
+def test_descriptions_that_are_not_as_nnunet_writes_them(tiny_model, change, words):
+    contents = [json.loads((tiny_model / name).read_text()) for name in ("plans.json", "dataset.json")]
+    change(*contents)
+    for name, content in zip(("plans.json", "dataset.json"), contents, strict=True):
+        (tiny_model / name).write_text(json.dumps(content))
+    with pytest.raises(ModelFolderError, match=words):
+        read_model_folder(tiny_model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda kwargs: kwargs.pop("strides"),
+        lambda kwargs: kwargs.update(surprise=1),
+        lambda kwargs: kwargs.update(features_per_stage=[4]),
+        lambda kwargs: kwargs.update(conv_op="torch.nn.Linear"),
+    ],
+)
+def test_arch_kwargs_that_build_no_network(tiny_model, change):
+    plans = json.loads((tiny_model / "plans.json").read_text())
+    change(plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"])
+    (tiny_model / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(UnsupportedArchitectureError, match=r"cannot be built.*plans\.json"):
+        load_network(read_model_folder(tiny_model), 0)
+
+
+def test_numbers_of_folds(tmp_path):
+    path = make_model(tmp_path / "m", folds=(1,))
+    (path / "fold_1").rename(path / "fold_01")
+    with pytest.raises(ModelFolderError):
+        read_model_folder(path)
+    folder = read_model_folder(make_model(tmp_path / "n", folds=(0, 1)))
+    assert folder.select_folds([0, "0", 1]) == (0, 1)
+    with pytest.raises(ModelFolderError, match="²"):
+        folder.select_folds(["²"])

@@ -213,6 +213,20 @@ def test_no_images(tmp_path, compressed):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_no_place_for_segmentations(tmp_path, compressed, images):
+    """nnU-Net writes plans.json beside its segmentations, and would break a model that lies there."""
+    trained = make_model(tmp_path / "trained")
+    before = (trained / "plans.json").read_bytes()
+    with pytest.raises(OutputExistsError, match="trained model"):
+        predict_folder(compressed, images, trained, overwrite=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "plans.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="another model"):
+        predict_folder(compressed, images, other)
+    assert (trained / "plans.json").read_bytes() == before and (other / "plans.json").read_text() == "{}"
+
+
 def test_wrong_channels(tmp_path, images):
     model = make_model(tmp_path / "two_channels", channels=2)
     with pytest.raises(ShapeError, match=r"case a .* channels 0000; .* trained on 2 \(0000, 0001\)"):

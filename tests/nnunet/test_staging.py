@@ -43,7 +43,7 @@ def test_existing_output_needs_force_and_a_known_face(tmp_path):
     with pytest.raises(OutputExistsError, match="--force"):
         with staged_folder(target, replaceable=marked):
             pass
-    with pytest.raises(OutputExistsError, match="does not look like an earlier output"):
+    with pytest.raises(OutputExistsError, match="no earlier output of this command"):
         with staged_folder(target, replaceable=marked, force=True):
             pass
     (target / "mark").write_text("")

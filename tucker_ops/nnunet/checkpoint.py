@@ -50,6 +50,9 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
             f"{path} ({path.stat().st_size} bytes) is truncated or no torch checkpoint; "
             "copy it again from where the model was trained"
         )
+    damaged = _damaged_member(path)
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged ({damaged} fails its checksum); copy it again")
     try:
         with torch.serialization.safe_globals(_numpy_globals()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -71,6 +74,15 @@ def read_checkpoint(path: str | Path, *, trust: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
+def _damaged_member(path: Path) -> str | None:
+    """The first part whose checksum is wrong; torch.load does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        return str(error)
+
+
 def _read_by_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
@@ -84,9 +96,19 @@ def _corrupt(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check_content(path: Path, checkpoint: Any) -> None:
-    missing = [k for k in REQUIRED_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if not missing and "configuration" not in checkpoint["init_args"]:
+    missing = [k for k in REQUIRED_KEYS if not isinstance(checkpoint, dict) or not checkpoint.get(k)]
+    if not missing and not (
+        isinstance(checkpoint["init_args"], dict)
+        and isinstance(checkpoint["init_args"].get("configuration"), str)
+    ):
         missing = ["init_args.configuration"]
+    if not missing and not isinstance(checkpoint["trainer_name"], str):
+        missing = ["the trainer's name"]
+    if not missing and not (
+        isinstance(checkpoint["network_weights"], dict)
+        and all(isinstance(t, torch.Tensor) for t in checkpoint["network_weights"].values())
+    ):
+        missing = ["tensors in network_weights"]
     if missing:
         raise CheckpointError(
             f"{path} lacks {', '.join(missing)}, which nnU-Net's checkpoints hold; "

@@ -93,13 +93,13 @@ def compress_folder(
     """
     src, dst = Path(src), Path(dst)
     check_apart(src, dst)
-    check_destination(dst, replaceable=is_model_folder, force=force)
+    check_destination(dst, replaceable=is_earlier_output, force=force)
     source = _read_source(src, folds, checkpoint, trust)
     if dtype is not None and dtype not in STORAGE_DTYPES:
         raise DtypeError(
             f"weights cannot be stored as {dtype}; choose one of {', '.join(map(str, STORAGE_DTYPES))}"
         )
-    with staged_folder(dst, replaceable=is_model_folder, force=force) as stage:
+    with staged_folder(dst, replaceable=is_earlier_output, force=force) as stage:
         return _Compression(source, config, checkpoint, dtype, trust, stage, progress).run(
             source.select_folds(folds, checkpoint)
         )
@@ -126,7 +126,7 @@ def compress_tree(
         return {dst: compress_folder(src, dst, config, force=force, progress=progress, **options)}
     check_apart(src, dst)
     manifests = {}
-    with staged_folder(dst, replaceable=lambda path: bool(find_model_folders(path)), force=force) as stage:
+    with staged_folder(dst, replaceable=is_earlier_tree, force=force) as stage:
         for model in models:
             name = model.relative_to(src)
             manifests[dst / name] = compress_folder(
@@ -137,6 +137,18 @@ def compress_tree(
 
 def _labelled(progress: Progress | None, name: str) -> Progress | None:
     return None if progress is None else lambda label, done, total: progress(f"{name} {label}", done, total)
+
+
+def is_earlier_output(path: Path) -> bool:
+    """Whether `compress_folder` wrote this folder: a model that carries our manifest. Not any model."""
+    return is_model_folder(path) and (path / MANIFEST_NAME).is_file()
+
+
+def is_earlier_tree(path: Path) -> bool:
+    """Whether `compress_tree` wrote all of this folder: nothing in it but models that carry our manifest."""
+    models = find_model_folders(path)
+    files = [p for p in path.rglob("*") if not p.is_dir()]
+    return all(map(is_earlier_output, models)) and all(any(m in f.parents for m in models) for f in files)
 
 
 def check_apart(src: Path, dst: Path) -> None:

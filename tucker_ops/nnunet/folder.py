@@ -105,7 +105,9 @@ def find_model_folders(path: str | Path) -> list[Path]:
     if is_model_folder(path):
         return [path]
     found = [p.parent for pattern in ("*/plans.json", "*/*/plans.json") for p in path.glob(pattern)]
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    # nnU-Net leaves plans.json beside cross-validation results and ensembles as well.
+    models = [p for p in found if is_model_folder(p)]
+    return sorted(p for p in models if not any(part.startswith(".") for part in p.relative_to(path).parts))
 
 
 def is_model_folder(path: Path) -> bool:
@@ -117,6 +119,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ModelFolderError naming file and place otherwise."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelFolderError(f"{path} cannot be read ({error.strerror}); give a file that can") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelFolderError(
             f"{path} is not valid JSON ({error}); restore it from the trained model"
@@ -150,11 +154,16 @@ def _check_is_model_folder(path: Path) -> None:
     raise ModelFolderError(f"{path} is not a trained nnU-Net model: it lacks {', '.join(missing)}; {remedy}")
 
 
+def _is_number(name: str) -> bool:
+    """A fold's number as nnU-Net writes it: fold_01 is not fold 1."""
+    return name.isascii() and name.isdecimal() and str(int(name)) == name
+
+
 def _list_checkpoints(path: Path) -> dict[Fold, tuple[str, ...]]:
     result: dict[Fold, tuple[str, ...]] = {}
     for folder in sorted(p for p in path.glob("fold_*") if p.is_dir()):
         name = folder.name.removeprefix("fold_")
-        if name == "all" or name.isdigit():
+        if name == "all" or _is_number(name):
             fold: Fold = "all" if name == "all" else int(name)
             result[fold] = tuple(sorted(p.name for p in folder.glob("*.pth")))
     return dict(sorted(result.items(), key=lambda item: (item[0] == "all", item[0])))
@@ -175,7 +184,7 @@ def _select_folds(
         return tuple(f for f in usable if f != "all") or ("all",)
     if not folds:
         raise ModelFolderError(f"an empty list of folds was given; {there}")
-    chosen = tuple("all" if f == "all" else int(f) if str(f).isdigit() else f for f in folds)
+    chosen = tuple(dict.fromkeys(int(f) if _is_number(str(f)) else f for f in folds))
     for fold in chosen:
         if fold not in checkpoints:
             raise ModelFolderError(f"fold {fold} does not exist; {there}; choose one of these folds")
@@ -197,6 +206,14 @@ def _describe(
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    if "file_ending" not in dataset_json:
+        raise ModelFolderError(
+            f"{path / 'dataset.json'} lacks file_ending; restore it from the trained model"
+        )
+    if not isinstance(plans.get("configurations", {}), dict):
+        raise ModelFolderError(
+            f"{path / 'plans.json'}: configurations is no object; restore it from the trained model"
+        )
     available = list(plans.get("configurations", {}))
     if configuration not in available:
         raise ModelFolderError(
@@ -204,9 +221,9 @@ def _describe(
             f"{path / 'plans.json'} holds "
             f"{', '.join(available) or 'none'}; restore the plans.json of this model"
         )
-    manager = PlansManager(plans)
-    _check_old_format(path, manager._internal_resolve_configuration_inheritance(configuration))
     try:
+        manager = PlansManager(plans)
+        _check_old_format(path, manager._internal_resolve_configuration_inheritance(configuration))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
             resolved = manager.get_configuration(configuration)
@@ -233,6 +250,14 @@ def _describe(
     except KeyError as error:
         raise ModelFolderError(
             f"{path}: plans.json or dataset.json lacks the entry {error}; restore both from the trained model"
+        ) from error
+    except UnsupportedArchitectureError:
+        raise
+    # nnU-Net checks little of what it reads, and stumbles over what does not fit.
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        raise ModelFolderError(
+            f"{path}: plans.json or dataset.json is not as nnU-Net writes them ({type(error).__name__}: {error}); "
+            "restore both from the trained model"
         ) from error
 
 

@@ -15,7 +15,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from tucker_ops import convert
-from tucker_ops.errors import ConfigError, UnsupportedArchitectureError
+from tucker_ops.errors import ConfigError, TuckerOpsError, UnsupportedArchitectureError
 
 TUCKER_VERSION = 1
 
@@ -86,16 +86,24 @@ def build_network(
     architecture: Mapping[str, Any], input_channels: int, num_outputs: int, *, deep_supervision: bool = False
 ) -> nn.Module:
     """The network of an architecture block, built by nnU-Net's own `get_network_from_plans`, weights
-    random.
+    random. Raises UnsupportedArchitectureError where it cannot be built.
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    return get_network_from_plans(
-        architecture["network_class_name"],
-        architecture["arch_kwargs"],
-        architecture["_kw_requires_import"],
-        input_channels,
-        num_outputs,
-        allow_init=False,
-        deep_supervision=deep_supervision,
-    )
+    try:
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            input_channels,
+            num_outputs,
+            allow_init=False,
+            deep_supervision=deep_supervision,
+        )
+    except TuckerOpsError:
+        raise
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        raise UnsupportedArchitectureError(
+            f"the network {architecture['network_class_name']} cannot be built from the arch_kwargs of plans.json "
+            f"({type(error).__name__}: {error}); restore plans.json from the trained model"
+        ) from error

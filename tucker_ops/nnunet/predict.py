@@ -10,13 +10,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, OutputWriteError
 from tucker_ops.nnunet.checkpoint import read_checkpoint
-from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
+from tucker_ops.nnunet.folder import (
+    DEFAULT_CHECKPOINT,
+    Fold,
+    ModelFolder,
+    is_model_folder,
+    read_json,
+    read_model_folder,
+)
 from tucker_ops.nnunet.images import ImageError, find_cases
 from tucker_ops.nnunet.memory import PeakMemory
 from tucker_ops.nnunet.verify import trainer_problem
@@ -105,8 +112,14 @@ def predict_folder(
         )
     ending = folder.dataset_json["file_ending"]
     images = _choose(find_cases(input_dir, ending, folder.input_channels), cases, input_dir)
+    if is_model_folder(output_dir):
+        raise OutputExistsError(
+            f"{output_dir} is a trained model, whose plans.json nnU-Net would overwrite; choose another output folder"
+        )
     if not overwrite:
         _check_absent([output_dir / f"{case}{ending}" for case in images])
+        _check_same(output_dir / "plans.json", folder.plans)
+        _check_same(output_dir / "dataset.json", folder.dataset_json)
     chosen = folder.select_folds(folds, checkpoint)
     predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, trust)
 
@@ -197,6 +210,15 @@ def _check_absent(paths: Sequence[Path]) -> None:
         raise OutputExistsError(
             f"{existing[0]} exists{f' and {len(existing) - 1} more' if len(existing) > 1 else ''}; "
             "choose another output folder or allow overwriting with --force (overwrite=True in Python)"
+        )
+
+
+def _check_same(path: Path, content: Mapping[str, Any]) -> None:
+    """nnU-Net leaves a copy of the model's description beside its segmentations: it must not replace another."""
+    if path.exists() and read_json(path) != content:
+        raise OutputExistsError(
+            f"{path} describes another model; choose another output folder or allow overwriting with --force "
+            "(overwrite=True in Python)"
         )
 
 

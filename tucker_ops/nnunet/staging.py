@@ -88,8 +88,8 @@ def check_destination(destination: Path, *, replaceable: Callable[[Path], bool],
         raise OutputExistsError(f"{destination} is no folder and is not replaced; choose another output")
     if any(destination.iterdir()) and not replaceable(destination):
         raise OutputExistsError(
-            f"{destination} does not look like an earlier output and is not replaced, even with --force; "
-            "choose another output"
+            f"{destination} is no earlier output of this command, or holds other files as well, and is "
+            "not replaced, even with --force; choose another output or remove it yourself"
         )
 
 
@@ -115,11 +115,13 @@ def _swap(temporary: Path, destination: Path) -> None:
         os.rename(temporary, destination)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.replaced.", dir=destination.parent))
-    os.rename(destination, aside / destination.name)
+    old = aside / destination.name
     try:
+        os.rename(destination, old)
         os.rename(temporary, destination)
     except BaseException:
-        os.rename(aside / destination.name, destination)
+        if old.exists():
+            os.rename(old, destination)
         aside.rmdir()
         raise
     shutil.rmtree(aside, ignore_errors=True)
