@@ -248,8 +248,11 @@ def evaluate(
     Example: tucker-ops evaluate -p segmentations -r labelsTs --dense segmentations_dense
     """
     from tucker_ops.nnunet.evaluate import evaluate_folder, write_json
+    from tucker_ops.nnunet.output import check_file
     from tucker_ops.nnunet.report.tables import case_table, evaluation_table
 
+    if json_file is not None:
+        check_file(json_file, force=force)
     evaluations = {}
     for name, folder in {"labels": reference, "dense": dense}.items():
         if folder is None:
@@ -258,11 +261,11 @@ def evaluate(
             evaluations[name] = evaluate_folder(
                 prediction, folder, dataset_json=dataset_json, allow_missing=allow_missing, progress=progress
             )
-    if json_file is not None:
-        write_json(evaluations, json_file, force=force)
     for name, evaluation in evaluations.items():
         console().print(case_table(evaluation, f"Dice against {name}", most_columns=8).rich())
     console().print(evaluation_table({f"against {name}": e for name, e in evaluations.items()}).rich())
+    if json_file is not None:
+        write_json(evaluations, json_file, force=force)
 
 
 @app.command()

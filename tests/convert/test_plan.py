@@ -250,6 +250,8 @@ def test_budget_out_of_reach_names_the_least():
     model = nnunet()
     with pytest.raises(ConfigError, match=r"cannot go below [\d,]+ \(0\.\d+\)") as caught:
         plan(model, CompressionConfig(params=0.001))
+    share = float(str(caught.value).split("(")[1].split(")")[0])
+    assert plan(model, CompressionConfig(params=share)).ranks, "the share that the message names must do"
     least = int(str(caught.value).split("cannot go below ")[1].split(" ")[0].replace(",", ""))
     assert plan(model, CompressionConfig(params=least)).compressed.params == least
     with pytest.raises(ConfigError, match="cannot go below"):

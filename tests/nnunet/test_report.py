@@ -206,12 +206,34 @@ def test_inputs_that_do_not_fit(model, volumes, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_means_over_different_cases_are_not_compared(model, volumes, tmp_path):
+    (volumes["pred"] / "b.nii.gz").unlink()
+    inputs = Inputs(
+        [model],
+        labels=volumes["labels"],
+        dense_prediction=volumes["dense"],
+        predictions=[volumes["pred"]],
+    )
+    with pytest.raises(ConfigError, match=r"different cases \(b\)"):
+        write_report(inputs, tmp_path / "report")
+
+
+def test_the_source_must_be_what_was_compressed(model, tmp_path):
+    source = tmp_path / "dense_model"
+    with pytest.raises(ConfigError, match="is absent"):
+        write_report(Inputs([model], source=source), tmp_path / "report")
+    (source / "fold_0").mkdir(parents=True)
+    (source / "fold_0" / "checkpoint_final.pth").write_bytes(b"another model")
+    with pytest.raises(ConfigError, match="another file"):
+        write_report(Inputs([model], source=source), tmp_path / "report")
+
+
 def test_output_is_not_overwritten(model, tmp_path):
     write_report(Inputs([model]), tmp_path / "report")
     with pytest.raises(OutputExistsError, match="--force"):
         write_report(Inputs([model]), tmp_path / "report")
     write_report(Inputs([model]), tmp_path / "report", force=True)
-    with pytest.raises(OutputExistsError, match="not look like an earlier output"):
+    with pytest.raises(OutputExistsError, match="no earlier output"):
         write_report(Inputs([model]), model, force=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
@@ -97,9 +98,10 @@ def _by_budget(
     picked = allocate(options, budget - fixed)
     if picked is None:
         least = fixed + int(sum(option.cost.min() for option in options))
+        share = math.ceil(1e4 * least / total) / 1e4
         raise ConfigError(
             f"{unit}={asked:g} asks for at most {int(budget):,} {unit} of the dense network's {total:,}, but "
-            f"it cannot go below {least:,} ({least / total:.4f}) with min_rank {config.min_rank} and the "
+            f"it cannot go below {least:,} ({share:.4f}) with min_rank {config.min_rank} and the "
             "layers that stay dense; ask for at least that, or lower min_rank"
         )
     chosen: dict[str, Ranks | str] = {}

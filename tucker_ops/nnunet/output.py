@@ -9,6 +9,12 @@ from pathlib import Path
 from tucker_ops.errors import OutputExistsError, OutputWriteError
 
 
+def check_file(path: str | Path, *, force: bool = False) -> None:
+    """Raise OutputExistsError where `write_file` would not write."""
+    if Path(path).exists() and not force:
+        raise OutputExistsError(f"{path} exists; choose another file or replace it with --force (force=True)")
+
+
 def write_file(path: str | Path, content: bytes, *, force: bool = False) -> None:
     """Write `content` to a temporary neighbour of `path` and rename it; parents are made.
 
@@ -16,8 +22,7 @@ def write_file(path: str | Path, content: bytes, *, force: bool = False) -> None
     refuses.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists; choose another file or replace it with --force (force=True)")
+    check_file(path, force=force)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from tucker_ops.errors import ConfigError
+from tucker_ops.nnunet.checkpoint import sha256
 from tucker_ops.nnunet.evaluate import Evaluation, evaluate_folder
 from tucker_ops.nnunet.folder import read_json
 from tucker_ops.nnunet.manifest import Manifest, read_manifest
@@ -131,6 +132,10 @@ def _gather(inputs: Inputs, progress: Progress | None) -> _Content:
     if inputs.dense_prediction is not None:
         predictions = {DENSE: inputs.dense_prediction, **predictions}
     dataset_json = inputs.models[0] / "dataset.json"
+    if inputs.source is not None:
+        _check_source(inputs.source, manifests[0])
+    if predictions:
+        _check_same_cases(predictions, read_dataset(dataset_json).file_ending)
 
     missing: dict[str, str] = {}
     against_labels = _against_labels(inputs, predictions, dataset_json, missing)
@@ -199,6 +204,30 @@ def _check_consistent(inputs: Inputs, manifests: Sequence[Manifest]) -> None:
             f"{len(inputs.predictions)} folders of predictions were given for {len(inputs.models)} "
             "compressed models; give one for each, in the same order"
         )
+
+
+def _check_source(source: Path, manifest: Manifest) -> None:
+    """Raise ConfigError unless `source` holds the very checkpoints the model was compressed from."""
+    for name, expected in manifest.source_sha256.items():
+        path = source / name
+        if not path.is_file() or sha256(path) != expected:
+            raise ConfigError(
+                f"{source} is not what was compressed: {name} is {'another file' if path.exists() else 'absent'}; "
+                f"give the dense model {manifest.source} the compressed one came from"
+            )
+
+
+def _check_same_cases(predictions: Mapping[str, Path], ending: str) -> None:
+    """Raise ConfigError where models were run on different cases: their means would not compare."""
+    cases = {path: set(find_segmentations(path, ending)) for path in predictions.values()}
+    first, *others = cases
+    for other in others:
+        different = sorted(cases[first] ^ cases[other])
+        if different:
+            raise ConfigError(
+                f"{first} and {other} hold different cases ({', '.join(different[:3])}"
+                f"{' and more' if len(different) > 3 else ''}); predict the same ones with every model"
+            )
 
 
 def _against_labels(
