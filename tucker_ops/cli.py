@@ -404,11 +404,17 @@ class case_progress:
         self._bar.stop()
 
 
+def _exit_once(number: int, frame: object) -> None:
+    """Leave by an exception; a second signal must not interrupt the clean-up of the first."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point. An error that tucker_ops raises on purpose is one message and exit code 2."""
     # A batch system ends jobs with these; as an exit, they clean up what is half-made.
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+        signal.signal(number, _exit_once)
     warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
     try:
         app()

@@ -1,4 +1,4 @@
-"""The demo on two of its ten cases, through the command line, and what it refuses."""
+"""The demo, through the command line, and what it refuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_LOSS = 0.04
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("demo") / "out"
-    result = CliRunner().invoke(app, ["demo", "-o", str(output), "--cases", "2"], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["demo", "-o", str(output)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     return output, result.stdout
 

@@ -293,6 +293,23 @@ def test_stock_nnunet_predicts_the_same(tmp_path, compressed, images, repo_root)
         assert (stock == ours).float().mean() > 0.9999
 
 
+def test_stock_nnunet_at_full_rank_segments_as_the_trained_dense_model(tmp_path, hippocampus, repo_root):
+    """A real trained model, every eligible layer factorised, both predicted by nnU-Net's own command."""
+    images = tmp_path / "images"
+    images.mkdir()
+    example = repo_root / "examples" / "hippocampus" / "images" / "hippocampus_011_0000.nii.gz"
+    (images / example.name).symlink_to(example)
+    full_rank = CompressionConfig(factor=1.0, only_if_cheaper=False)
+    manifest = compress_folder(hippocampus, tmp_path / "full", full_rank, dtype=torch.float32)
+    assert len(manifest.plan.ranks) > 15
+    found = {}
+    for name, model in {"dense": hippocampus, "full": tmp_path / "full"}.items():
+        stock_prediction(model, images, tmp_path / name, repo_root)
+        found[name] = segmentation(tmp_path / name / "hippocampus_011.nii.gz")
+    assert len(found["dense"].unique()) == 3
+    assert (found["dense"] == found["full"]).float().mean() > 0.9999
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_predicts_as_the_cpu(tmp_path, compressed, images):
     for device in ("cpu", "cuda"):

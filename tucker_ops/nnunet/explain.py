@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tucker_ops
+from tucker_ops.errors import DeviceError
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -96,8 +97,12 @@ def _why_dense(names: list[str], reasons: Mapping[str, str | None], manifest: Ma
 def _backend(module: nn.Module, shape: tuple[int, ...], device: str) -> tuple[str, str]:
     if not isinstance(module, TuckerConv2d | TuckerConv3d):
         return "torch", "torch's own convolution" + ("s" if hasattr(module, "ranks") else "")
-    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    problem = replace(module.problem(shape), device=torch.device(device).type, dtype=dtype)
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise DeviceError(f"device {device!r} given; use cpu or cuda") from error
+    dtype = torch.float16 if kind == "cuda" else torch.float32
+    problem = replace(module.problem(shape), device=kind, dtype=dtype)
     explanation = tucker_ops.explain(problem)
     others = [f"{name}: {v.reason}" for name, v in explanation.verdicts.items() if name != explanation.chosen]
     chosen = explanation.verdicts[explanation.chosen].reason

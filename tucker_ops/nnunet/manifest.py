@@ -96,11 +96,16 @@ class Manifest:
             raise ModelFolderError(
                 f"the manifest lacks the entry {error}; compress the model again"
             ) from error
-        fields["input_shape"] = tuple(fields["input_shape"])
         fields["config"] = CompressionConfig.from_dict(fields["config"])
         fields["plan"] = Plan.from_dict(fields["plan"])
-        fields["dense"] = Totals(**fields["dense"])
-        fields["tucker"] = Totals(**fields["tucker"])
+        try:
+            fields["input_shape"] = tuple(fields["input_shape"])
+            fields["dense"] = Totals(**fields["dense"])
+            fields["tucker"] = Totals(**fields["tucker"])
+        except TypeError as error:
+            raise ModelFolderError(
+                f"the manifest is not as this tucker_ops writes it ({error}); compress the model again"
+            ) from error
         return cls(**fields)
 
     def to_json(self) -> bytes:
