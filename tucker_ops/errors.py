@@ -49,6 +49,14 @@ class UnsupportedArchitectureError(TuckerOpsError, ValueError):
     """A network class in plans.json that tucker_ops does not know how to rebuild."""
 
 
+class ImageError(TuckerOpsError, ValueError):
+    """An image that cannot be read."""
+
+
+class SegmentationError(TuckerOpsError, ValueError):
+    """Segmentations that are missing, unreadable, or of unknown classes."""
+
+
 class OutputExistsError(TuckerOpsError, ValueError):
     """Output that exists already and was not to be overwritten."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -111,6 +112,22 @@ def test_debug_shows_the_traceback(tmp_path, shell, monkeypatch):
 def test_help_shows_an_example(shell, command):
     code, out, _ = shell(command, "--help")
     assert code == 0 and f"Example: tucker-ops {command}" in out
+
+
+@pytest.mark.parametrize("command", [("compress", "-o", "dst"), ("explain",)])
+def test_patch_that_does_not_fit_the_network(tmp_path, tiny_model, shell, command):
+    plans = json.loads((tiny_model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["patch_size"] = [17, 17, 17]
+    (tiny_model / "plans.json").write_text(json.dumps(plans))
+    name, *rest = command
+    code, out, err = shell(name, tiny_model, *(tmp_path / part if part == "dst" else part for part in rest))
+    assert code == 2 and "correct patch_size in plans.json" in " ".join((out + err).split())
+    assert not (tmp_path / "dst").exists()
+
+
+def test_unknown_device_also_for_a_dense_model(tiny_model, shell):
+    code, out, err = shell("explain", tiny_model, "--device", "foo")
+    assert code == 2 and "use cpu or cuda" in " ".join((out + err).split())
 
 
 def test_version(shell):

@@ -15,9 +15,8 @@ pytest.importorskip("nnunetv2")
 from typer.testing import CliRunner  # noqa: E402
 
 from tucker_ops.cli import app  # noqa: E402
-from tucker_ops.errors import ModelFolderError, OutputExistsError, ShapeError  # noqa: E402
+from tucker_ops.errors import ModelFolderError, OutputExistsError, SegmentationError, ShapeError  # noqa: E402
 from tucker_ops.nnunet.evaluate import evaluate_folder, write_json  # noqa: E402
-from tucker_ops.nnunet.segmentations import SegmentationError  # noqa: E402
 
 LABELS = {"background": 0, "head": 1, "tail": 2, "never there": 3}
 
@@ -153,6 +152,22 @@ def test_command_line(folders, tmp_path):
     assert "0.8000" in lines["head"] and "1.0000" in lines["head"]
     assert "0.5667" in lines["mean"]
     assert set(json.loads(path.read_text())) == {"labels", "dense"}
+
+
+def test_command_line_refuses_before_it_compares(folders, tmp_path, monkeypatch):
+    prediction, reference = map(str, folders)
+    path = tmp_path / "dice.json"
+    path.write_text("mine")
+    monkeypatch.setattr("tucker_ops.nnunet.evaluate.evaluate_folder", lambda *a, **k: pytest.fail("compared"))
+    result = CliRunner().invoke(app, ["evaluate", "-p", prediction, "-r", reference, "--json", str(path)])
+    assert isinstance(result.exception, OutputExistsError)
+    assert path.read_text() == "mine"
+
+
+def test_command_line_without_the_dataset_json_it_names(folders):
+    prediction, reference = map(str, folders)
+    arguments = ["evaluate", "-p", prediction, "-r", reference, "--dataset-json", "/nowhere.json"]
+    assert isinstance(CliRunner().invoke(app, arguments).exception, ModelFolderError)
 
 
 def test_json_has_null_for_nan_and_is_not_overwritten(folders, tmp_path):

@@ -21,6 +21,7 @@ from tucker_ops.errors import (
     CheckpointError,
     ConfigError,
     DeviceError,
+    ImageError,
     ModelFolderError,
     OutputExistsError,
     OutputWriteError,
@@ -28,7 +29,6 @@ from tucker_ops.errors import (
 )
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 from tucker_ops.nnunet.compress import compress_folder
-from tucker_ops.nnunet.images import ImageError
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.predict import load_predictor, predict_folder
 

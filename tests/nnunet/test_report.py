@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tucker_ops.cli import app
 from tucker_ops.convert import CompressionConfig, LayerPlan, Plan
 from tucker_ops.cost import Cost
-from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError, ShapeError
+from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError, SegmentationError, ShapeError
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, Totals
 from tucker_ops.nnunet.report import Inputs, write_report
 from tucker_ops.nnunet.report.figures import accuracy_figure, cost_figure, rank_figure, speed_figure
@@ -27,7 +27,7 @@ from tucker_ops.nnunet.report.overlay import Volume, largest_slice, overlay_figu
 from tucker_ops.nnunet.report.page import Section, render_page
 from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
 from tucker_ops.nnunet.report.tables import TextTable
-from tucker_ops.nnunet.segmentations import SegmentationError, read_dataset
+from tucker_ops.nnunet.segmentations import read_dataset
 from tucker_ops.types import ConvSpec
 
 CUBE, ONES, ZEROS = (3, 3, 3), (1, 1, 1), (0, 0, 0)

@@ -17,6 +17,7 @@ from tucker_ops.convert import CompressionConfig, Plan
 from tucker_ops.cost import Cost
 from tucker_ops.errors import (
     ConfigError,
+    ConversionError,
     DtypeError,
     OutputExistsError,
     UnsupportedArchitectureError,
@@ -29,6 +30,7 @@ from tucker_ops.nnunet.folder import (
     ModelFolder,
     find_model_folders,
     is_model_folder,
+    patch_error,
     read_model_folder,
 )
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, Totals, installed_versions
@@ -272,7 +274,12 @@ def _load_network(folder: ModelFolder, weights: Mapping[str, torch.Tensor]) -> n
 
 
 def _plan(source: ModelFolder, network: nn.Module, config: CompressionConfig) -> Plan:
-    plan = convert.plan(network, config, input_shape=input_shape(source))
+    try:
+        plan = convert.plan(network, config, input_shape=input_shape(source))
+    except ConversionError as error:
+        if not isinstance(error.__cause__, Exception):
+            raise
+        raise patch_error(source, error.__cause__) from error
     if not plan.ranks:
         reasons = "; ".join(sorted({layer.reason for layer in plan.layers}))
         raise ConfigError(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tucker_ops.errors import SegmentationError
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.segmentations import (
     Class,
     Dataset,
-    SegmentationError,
     check_same_grid,
     find_dataset_json,
     find_segmentations,

@@ -12,7 +12,7 @@ from torch import nn
 import tucker_ops
 from tucker_ops.errors import DeviceError
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
-from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
+from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, patch_error, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tucker_ops.nnunet.networks import build_network
 from tucker_ops.types import ConvSpec
@@ -46,8 +46,10 @@ def explain_folder(
     """Explain the convolutions that run for one patch, in the order in which they run.
 
     Sizes come from a forward pass without data (torch's meta device), dtypes from how nnU-Net predicts:
-    float32 on the CPU, float16 on CUDA. Raises the errors of `read_model_folder`.
+    float32 on the CPU, float16 on CUDA. Raises DeviceError for an unknown device and the errors of
+    `read_model_folder`.
     """
+    kind = _device_type(device)
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
     manifest = read_manifest(folder.path) if (folder.path / MANIFEST_NAME).is_file() else None
     network, calls = _trace(folder)
@@ -59,7 +61,7 @@ def explain_folder(
         spec = spec_of(module)
         ranks = getattr(module, "ranks", None)
         names = [n for n, m in network.named_modules(remove_duplicate=False) if m is module]
-        backend, why = _backend(module, shape, device)
+        backend, why = _backend(module, shape, kind)
         result.append(
             LayerExplanation(
                 name=next((n for n in names if n in errors or n in reasons), name),
@@ -84,7 +86,10 @@ def _trace(folder: ModelFolder) -> tuple[nn.Module, list[tuple[str, tuple[int, .
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: calls.append((name, tuple(inputs[0].shape)))
             )
-    network(torch.empty((1, folder.input_channels, *folder.patch_size), device="meta"))
+    try:
+        network(torch.empty((1, folder.input_channels, *folder.patch_size), device="meta"))
+    except RuntimeError as error:
+        raise patch_error(folder, error) from error
     return network, calls
 
 
@@ -94,13 +99,16 @@ def _why_dense(names: list[str], reasons: Mapping[str, str | None], manifest: Ma
     return next((reasons[n] for n in names if reasons.get(n)), "no reason recorded")
 
 
-def _backend(module: nn.Module, shape: tuple[int, ...], device: str) -> tuple[str, str]:
-    if not isinstance(module, TuckerConv2d | TuckerConv3d):
-        return "torch", "torch's own convolution" + ("s" if hasattr(module, "ranks") else "")
+def _device_type(device: str) -> str:
     try:
-        kind = torch.device(device).type
+        return torch.device(device).type
     except RuntimeError as error:
         raise DeviceError(f"device {device!r} given; use cpu or cuda") from error
+
+
+def _backend(module: nn.Module, shape: tuple[int, ...], kind: str) -> tuple[str, str]:
+    if not isinstance(module, TuckerConv2d | TuckerConv3d):
+        return "torch", "torch's own convolution" + ("s" if hasattr(module, "ranks") else "")
     dtype = torch.float16 if kind == "cuda" else torch.float32
     problem = replace(module.problem(shape), device=kind, dtype=dtype)
     explanation = tucker_ops.explain(problem)

@@ -115,6 +115,15 @@ def is_model_folder(path: Path) -> bool:
     return not _missing_parts(path)
 
 
+def patch_error(folder: ModelFolder, cause: Exception) -> ModelFolderError:
+    """What to raise where the network does not run on one patch of plans.json."""
+    return ModelFolderError(
+        f"the network of {folder.path} does not run on one patch of {folder.patch_size} "
+        f"({type(cause).__name__}: {cause}); correct patch_size in plans.json: each extent must be a multiple "
+        "of the product of the strides along its axis"
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; ModelFolderError naming file and place otherwise."""
     try:

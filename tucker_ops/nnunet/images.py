@@ -5,11 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tucker_ops.errors import ModelFolderError, ShapeError, TuckerOpsError
-
-
-class ImageError(TuckerOpsError, ValueError):
-    """An image that cannot be read."""
+from tucker_ops.errors import ModelFolderError, ShapeError
 
 
 def find_cases(folder: str | Path, file_ending: str, channels: int) -> dict[str, list[Path]]:

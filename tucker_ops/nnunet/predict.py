@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tucker_ops.errors import ConfigError, DeviceError, ModelFolderError, OutputExistsError, OutputWriteError
+from tucker_ops.errors import (
+    ConfigError,
+    DeviceError,
+    ImageError,
+    ModelFolderError,
+    OutputExistsError,
+    OutputWriteError,
+)
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
@@ -24,7 +31,7 @@ from tucker_ops.nnunet.folder import (
     read_json,
     read_model_folder,
 )
-from tucker_ops.nnunet.images import ImageError, find_cases
+from tucker_ops.nnunet.images import find_cases
 from tucker_ops.nnunet.memory import PeakMemory
 from tucker_ops.nnunet.verify import trainer_problem
 

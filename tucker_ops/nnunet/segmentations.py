@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tucker_ops.errors import ShapeError, TuckerOpsError
+from tucker_ops.errors import SegmentationError, ShapeError
 from tucker_ops.nnunet.folder import read_json
 
 if TYPE_CHECKING:
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 
 Class = int | tuple[int, ...]
 Volume = tuple[np.ndarray, np.ndarray]
-
-
-class SegmentationError(TuckerOpsError, ValueError):
-    """Segmentations that are missing, unreadable, or of unknown classes."""
 
 
 @dataclass(frozen=True)

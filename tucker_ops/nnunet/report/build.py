@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from tucker_ops.errors import ConfigError
+from tucker_ops.errors import ConfigError, SegmentationError
 from tucker_ops.nnunet.checkpoint import sha256
 from tucker_ops.nnunet.evaluate import Evaluation, evaluate_folder
 from tucker_ops.nnunet.folder import read_json
@@ -24,7 +24,7 @@ from tucker_ops.nnunet.report.overlay import overlay_figure
 from tucker_ops.nnunet.report.page import Section, render_page
 from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
 from tucker_ops.nnunet.report.tables import TextTable
-from tucker_ops.nnunet.segmentations import Dataset, SegmentationError, find_segmentations, read_dataset
+from tucker_ops.nnunet.segmentations import Dataset, find_segmentations, read_dataset
 from tucker_ops.nnunet.staging import staged_folder
 
 PAGE_NAME = "index.html"
