@@ -19,9 +19,8 @@ from tucker_ops.backends import native
 
 Row = dict[str, object]
 
-REPETITIONS = 5
-PEAK_SECONDS = 0.06
-COPY_SECONDS = 0.12
+PEAK_REPETITIONS, PEAK_SECONDS = 5, 0.06
+COPY_REPETITIONS, COPY_SECONDS = 3, 0.2
 # Per buffer: far more than the caches hold, and for many threads more than the caches of each.
 LEAST_COPY_BYTES = 256 << 20
 COPY_BYTES_A_THREAD = 64 << 20
@@ -29,7 +28,7 @@ COPY_CACHES = 4
 MOST_SHARE_OF_MEMORY = 8
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
-WIDENED = "the float32 loop: without bfloat16 instructions, arithmetic is float32 after widening"
+WIDENED = "that of float32: without bfloat16 instructions, arithmetic is float32 after widening"
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def measure_ceilings(isa: str | None = None) -> Ceilings:
         loop = next((name for name, kind in available if kind == dtype), None)
         if loop is not None:
             gflop_per_s[dtype] = max(
-                host.peak(loop, dtype, threads, PEAK_SECONDS) for _ in range(REPETITIONS)
+                host.peak(loop, dtype, threads, PEAK_SECONDS) for _ in range(PEAK_REPETITIONS)
             )
             loops[dtype] = f"{loop} {dtype}"
     if FLOAT32 not in gflop_per_s:
@@ -68,7 +67,7 @@ def measure_ceilings(isa: str | None = None) -> Ceilings:
         return Ceilings(threads, date, reason=f"this processor has no loop for {isa}; it has {known}")
     if BFLOAT16 not in gflop_per_s:
         gflop_per_s[BFLOAT16], loops[BFLOAT16] = gflop_per_s[FLOAT32], WIDENED
-    copies = [host.copy(threads, _copy_bytes(threads), COPY_SECONDS) for _ in range(REPETITIONS)]
+    copies = [host.copy(threads, _copy_bytes(threads), COPY_SECONDS) for _ in range(COPY_REPETITIONS)]
     return Ceilings(threads, date, gflop_per_s, loops, max(copies))
 
 

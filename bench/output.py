@@ -24,7 +24,7 @@ Row = dict[str, object]
 JSON_NAME, TABLE_NAME, PLOT_NAME, ROOFLINE_NAME = "results.json", "results.md", "results.png", "roofline.png"
 SUMMARY = ("problem", "layer", "dense\nms", "three\n÷ dense", "ours\n÷ dense", "ours\n÷ three", "extra\nMB")
 FLOOR_SUMMARY = (
-    "problem", "layer", "floor\nms", "ours\nms", "ours\n% floor", "ours\n% peak", "strongest peer", "its\n% floor",
+    "problem", "strongest peer", "its\nms", "its\n% floor", "floor\nms", "ours\nms", "ours\n% floor", "ours\n% peak",
     "ours\n÷ it",
 )  # fmt: skip
 DETAILS = (
@@ -191,16 +191,17 @@ def _ceilings(row: Row) -> list[str]:
 
 
 def _absences(rows: Sequence[Row]) -> list[str]:
-    """What was not measured; layouts of a peer that share a reason in one line."""
-    grouped: dict[tuple[object, ...], list[str]] = {}
+    """What was not measured; peers of a problem that share a reason in one line."""
+    grouped: dict[tuple[object, ...], dict[str, list[str]]] = {}
     for row in rows:
         if row["status"] != MEASURED:
-            key = tuple(row[field] for field in ("problem", "peer", "status", "reason"))
-            grouped.setdefault(key, []).append(str(row["layout"]))
-    return [
-        f"{problem}: {peer} ({', '.join(layouts)}) {status}: {reason}"
-        for (problem, peer, status, reason), layouts in grouped.items()
-    ] + [
+            key = tuple(row[field] for field in ("problem", "status", "reason"))
+            grouped.setdefault(key, {}).setdefault(str(row["peer"]), []).append(str(row["layout"]))
+    lines = []
+    for (problem, status, reason), peers in grouped.items():
+        who = ", ".join(f"{peer} ({', '.join(layouts)})" for peer, layouts in peers.items())
+        lines.append(f"{problem}: {who} {status}: {reason}")
+    return lines + [
         f"{row['problem']}: {row['peer']} ({row['layout']}) no memory figure: {row['extra_peak_reason']}"
         for row in rows
         if row["status"] == MEASURED
@@ -238,13 +239,13 @@ def _floor_summary(problem: Sequence[Row]) -> tuple[str, ...]:
     strongest = next((row for row in problem if f"{row['peer']}-{row['layout']}" == key), None)
     return (
         str(problem[0]["problem"]),
-        str(problem[0]["layer"]),
+        "–" if strongest is None else str(strongest["peer"]),
+        _number(strongest, "median_ms"),
+        _percent(strongest, "share_of_floor"),
         _number(ours, "floor_ms"),
         _number(ours, "median_ms"),
         _percent(ours, "share_of_floor"),
         _percent(ours, "share_of_peak"),
-        "–" if strongest is None else f"{strongest['peer']} {strongest['median_ms']:.2f} ms",
-        _percent(strongest, "share_of_floor"),
         _number(ours, "ratio_to_strongest"),
     )
 

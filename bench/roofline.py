@@ -88,7 +88,11 @@ def _draw(axes, rows: Sequence[dict[str, object]]) -> None:
     axes.set_ylim(max(slowest / 2, peak * LOWEST_SHARE), 1.6 * peak)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(color="#EEEEEE", zorder=0)
+        axis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        )
+    axes.set_axisbelow(True)
+    axes.grid(color="#EEEEEE")
     axes.spines[["top", "right"]].set_visible(False)
     threads = f"{first['threads']} thread{'s' if first['threads'] != 1 else ''}"
     axes.set_title(f"{first['cpu']}, {threads}, {first['tucker_ops_isa']}, {first['dtype']}", fontsize=10)

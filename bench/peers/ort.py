@@ -47,7 +47,7 @@ class _Session:
             )
         except Exception as error:
             # Its exceptions have no common base below Exception.
-            raise PeerError(f"ONNX Runtime: {str(error).strip()[:200]}") from error
+            raise PeerError(f"ONNX Runtime: {str(error).split(' : ')[-1].strip()[:200]}") from error
         input = operands.input.contiguous()
         return _Bound(session, input, torch.empty(operands.problem.output_shape, dtype=input.dtype))
 
@@ -73,5 +73,5 @@ def _unable(dtype_name: str) -> str | None:
     try:
         _Session(DENSE)(make_operands(problem))
     except PeerError as error:
-        return f"no {dtype_name} convolution on this processor ({error})"
+        return f"computes no {dtype_name} convolution on this processor ({error})"
     return None
