@@ -71,6 +71,17 @@ def measure_ceilings(isa: str | None = None) -> Ceilings:
     return Ceilings(threads, date, gflop_per_s, loops, max(copies))
 
 
+def peak_now(isa: str | None = None) -> float | None:
+    """GFLOP/s of the float32 loop at this moment, in a twentieth of a second; None where it cannot be measured."""
+    host = _host()
+    loops = (
+        []
+        if host is None
+        else [loop for loop in host.peaks() if loop[1] == FLOAT32 and isa in (None, loop[0])]
+    )
+    return host.peak(*loops[0], torch.get_num_threads(), PEAK_SECONDS) if loops else None
+
+
 def instruction_sets() -> tuple[str, ...]:
     """Those of this processor that the host module has loops for, best first; empty without the module."""
     host = _host()
@@ -82,7 +93,8 @@ def with_ceilings(rows: Iterable[Row], measured: Sequence[Ceilings]) -> list[Row
 
     floor_ms: the larger of the floor's arithmetic at peak and its least traffic at copy speed. share_of_floor: floor
     divided by the time taken, 1 at best. share_of_peak: arithmetic rate of the peer's own form, counted as direct
-    convolutions, divided by the peak of the dtype.
+    convolutions, divided by the peak of the dtype. free_share: the float32 peak around the problem (peak_around, where
+    the row has it) divided by the best of the run; well below 1, other work was running.
     """
     return [{**row, **_shares(row, measured)} for row in rows]
 
@@ -97,11 +109,13 @@ def _shares(row: Row, measured: Sequence[Ceilings]) -> Row:
         arithmetic, traffic = row["floor_gflop"] / peak * 1e3, row["floor_bytes"] / copy / 1e6
         floor, bound = max(arithmetic, traffic), "arithmetic" if arithmetic >= traffic else "memory"
     taken, rate = row["median_ms"], row["gflop_per_s"]
+    best, around = max((m.gflop_per_s.get(FLOAT32, 0) for m in measured), default=0), row.get("peak_around")
     return {
         "floor_ms": floor,
         "floor_bound": bound,
         "share_of_floor": floor / taken if floor and taken else None,
         "share_of_peak": rate / peak if peak and rate else None,
+        "free_share": min(around / best, 1) if best and around else None,
         "peak_gflop_per_s": peak,
         "peak_loop": next((ceilings.loops[dtype] for ceilings in measured if dtype in ceilings.loops), None),
         "copy_gb_per_s": copy,

@@ -44,7 +44,8 @@ class Effort:
     """How long to measure a problem: rounds until `seconds` have passed, within the two limits.
 
     A peer whose call would take more than `longest_call` seconds is left out; so is one whose checked call took more
-    than `most_times_fastest` times the fastest peer's, and longer than NOTICEABLE seconds.
+    than `most_times_fastest` times the fastest peer's, and longer than NOTICEABLE seconds. pause: seconds before each
+    sample, in which the threads of the peer before fall asleep; several runtimes keep theirs spinning for a while.
     """
 
     seconds: float = 2.0
@@ -52,14 +53,17 @@ class Effort:
     most_rounds: int = 50
     longest_call: float = 1.5
     most_times_fastest: float = math.inf
+    pause: float = 0.0
     memory: bool = True
 
 
 EFFORTS = {
     "small": Effort(),
     "full": Effort(seconds=10, longest_call=10),
-    "cpu": Effort(seconds=3, fewest_rounds=3, longest_call=4, most_times_fastest=30, memory=False),
-    "cpu-full": Effort(seconds=5, longest_call=10, most_times_fastest=30, memory=False),
+    "cpu": Effort(
+        seconds=3, fewest_rounds=3, longest_call=4, most_times_fastest=30, pause=0.005, memory=False
+    ),
+    "cpu-full": Effort(seconds=5, longest_call=10, most_times_fastest=30, pause=0.005, memory=False),
 }
 
 
@@ -259,6 +263,7 @@ def _take_turns(calls: dict[int, Call], effort: Effort) -> dict[int, tuple[float
                 break
             shift = turn % max(1, len(order))
             for index in order[shift:] + order[:shift]:
+                time.sleep(effort.pause)
                 samples[index].append(_seconds(calls[index]))
     finally:
         gc.enable()

@@ -25,7 +25,7 @@ JSON_NAME, TABLE_NAME, PLOT_NAME, ROOFLINE_NAME = "results.json", "results.md", 
 SUMMARY = ("problem", "layer", "dense\nms", "three\n÷ dense", "ours\n÷ dense", "ours\n÷ three", "extra\nMB")
 FLOOR_SUMMARY = (
     "problem", "strongest peer", "its\nms", "its\n% floor", "floor\nms", "ours\nms", "ours\n% floor", "ours\n% peak",
-    "ours\n÷ it",
+    "ours\n÷ it", "machine\nfree",
 )  # fmt: skip
 DETAILS = (
     "peer", "layout", "ms", "20–80 %", "GFLOP/s", "% peak", "GB/s", "% floor", "extra MB", "÷ dense", "÷ three",
@@ -39,13 +39,16 @@ LEGEND = (
 FLOOR_LEGEND = (
     "Floor: the larger of the arithmetic of one pass at the machine's peak and its least traffic at the speed of a "
     "copy (for dense peers, those of the dense convolution); 100 % is the floor. % peak: GFLOP/s, counted as direct "
-    "convolutions, of the dtype's peak. Strongest: the fastest that is not tucker_ops."
+    "convolutions, of the dtype's peak. Strongest: the fastest that is not tucker_ops. Machine free: the part of the "
+    "float32 peak that was to be had just before and just after the problem."
 )
 DETAILS_LEGEND = (
     "Error: relative RMS against float64. Time and memory as above, of this layout. GB/s: least traffic of the form, "
     "divided by the time."
 )
 LEAST_WIDTH = 128
+# A peak that differs by more within a run was measured beside other work.
+BUSY = 0.85
 
 
 def print_rows(rows: Sequence[Row], console: Console | None = None) -> None:
@@ -175,18 +178,24 @@ def _origin(row: Row) -> str:
 
 
 def _ceilings(row: Row) -> list[str]:
-    """What the machine can do at most, each time it was measured."""
-    lines = []
+    """What the machine can do at most, each time it was measured, and whether that shows other work on it."""
+    lines, peaks = [], []
     for measured in row.get("ceilings", ()):
         if measured["reason"]:
             lines.append(f"Ceilings unknown: {measured['reason']}")
             continue
-        peaks = [
+        rates = [
             f"{dtype} {rate:.0f} GFLOP/s ({measured['loops'][dtype]})"
             for dtype, rate in measured["gflop_per_s"].items()
         ]
-        copy = f"copy {measured['copy_gb_per_s']:.1f} GB/s"
-        lines.append(f"Ceilings at {measured['date']}: {', '.join([*peaks, copy])}.")
+        rates.append(f"copy {measured['copy_gb_per_s']:.1f} GB/s")
+        lines.append(f"Ceilings at {measured['date']}: {', '.join(rates)}.")
+        peaks.append(measured["gflop_per_s"]["float32"])
+    if peaks and min(peaks) < BUSY * max(peaks):
+        lines.append(
+            f"The machine was busy: its float32 peak moved between {min(peaks):.0f} and {max(peaks):.0f} GFLOP/s. "
+            "Other work slows some peers far more than others; repeat the run on a free machine."
+        )
     return lines
 
 
@@ -247,6 +256,7 @@ def _floor_summary(problem: Sequence[Row]) -> tuple[str, ...]:
         _percent(ours, "share_of_floor"),
         _percent(ours, "share_of_peak"),
         _number(ours, "ratio_to_strongest"),
+        _percent(problem[0], "free_share"),
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from bench.ceilings import Row, instruction_sets, measure_ceilings, with_ceilings
+from bench.ceilings import Row, instruction_sets, measure_ceilings, peak_now, with_ceilings
 from bench.journal import Journal
 from bench.measure import EFFORTS, MACHINE, measure, rows_of
 from bench.peers import suite_peers_of
@@ -148,9 +148,11 @@ def work(path: Path, name: str, plan: Plan) -> None:
         return
     journal.add_ceilings(name, measure_ceilings(configuration.isa))
     for index, problem in enumerate(missing, 1):
-        begin = time.monotonic()
+        begin, before = time.monotonic(), peak_now(configuration.isa)
         rows = rows_of(measure(problem, suite_peers_of(problem), effort), name)
-        journal.add_rows(name, problem.name, rows)
+        after = peak_now(configuration.isa)
+        around = min(before, after) if before and after else None
+        journal.add_rows(name, problem.name, [{**row, "peak_around": around} for row in rows])
         # Compiled layers of earlier problems would count against torch's limit on recompiling.
         torch.compiler.reset()
         seconds = time.monotonic() - begin

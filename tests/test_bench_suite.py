@@ -23,7 +23,7 @@ from bench.ceilings import WIDENED, Ceilings, measure_ceilings, with_ceilings
 from bench.journal import Journal
 from bench.measure import LEFT_OUT, MEASURED, Effort, gate, measure, rows_of
 from bench.operands import float64_reference, make_operands, relative_rms
-from bench.output import ROOFLINE_NAME, markdown, write
+from bench.output import ROOFLINE_NAME, _ceilings, markdown, write
 from bench.peers import DENSE, ONE_PASS, THREE_CONVS, Peer, PeerError, peers_of, suite_peers_of
 from bench.peers.ort import ort_peers
 from bench.problems import CPU, CPU_FULL, BenchProblem
@@ -111,6 +111,11 @@ def test_floor_and_shares_by_hand():
     assert complete["share_of_floor"] == pytest.approx(0.5)
     assert complete["share_of_peak"] == pytest.approx(0.75)
     assert [ceilings["date"] for ceilings in complete["ceilings"]] == ["then", "now"]
+    assert complete["free_share"] is None
+    (busy,) = with_ceilings([{**row, "peak_around": 60.0}], [start, end])
+    assert busy["free_share"] == pytest.approx(0.6)
+    assert "moved between 80 and 100 GFLOP/s" in " ".join(_ceilings(complete))
+    assert not any("busy" in line for line in _ceilings(with_ceilings([row], [start])[0]))
     (slow_memory,) = with_ceilings([{**row, "floor_bytes": 3e9}], [start, end])
     assert slow_memory["floor_ms"] == pytest.approx(100) and slow_memory["floor_bound"] == "memory"
 
@@ -304,7 +309,9 @@ def test_a_killed_run_goes_on_with_the_rest(repo_root, tmp_path, monkeypatch, ho
     assert without_ceilings == kept
     assert {row["problem"] for row in rows} == {done, rest}
     # One at each start, one at the end that was reached.
-    assert all(len(row["ceilings"]) == 3 and row["floor_ms"] > 0 for row in rows)
+    assert all(
+        len(row["ceilings"]) == 3 and row["floor_ms"] > 0 and 0 < row["free_share"] <= 1 for row in rows
+    )
     for row in rows:
         if row["peer"].startswith("compile:"):
             assert row["status"] == MEASURED or "torch.compile fails" in row["reason"]
