@@ -44,8 +44,9 @@ class Effort:
     """How long to measure a problem: rounds until `seconds` have passed, within the two limits.
 
     A peer whose call would take more than `longest_call` seconds is left out; so is one whose checked call took more
-    than `most_times_fastest` times the fastest peer's, and longer than NOTICEABLE seconds. pause: seconds before each
-    sample, in which the threads of the peer before fall asleep; several runtimes keep theirs spinning for a while.
+    than `most_times_fastest` times the fastest peer's, and longer than NOTICEABLE seconds. A call shorter than ten
+    times `settle` seconds is run, untimed, for that long before each sample: several runtimes keep their threads
+    spinning for some milliseconds, in the way of the peer that has the next turn.
     """
 
     seconds: float = 2.0
@@ -53,7 +54,7 @@ class Effort:
     most_rounds: int = 50
     longest_call: float = 1.5
     most_times_fastest: float = math.inf
-    pause: float = 0.0
+    settle: float = 0.0
     memory: bool = True
 
 
@@ -61,9 +62,9 @@ EFFORTS = {
     "small": Effort(),
     "full": Effort(seconds=10, longest_call=10),
     "cpu": Effort(
-        seconds=3, fewest_rounds=3, longest_call=4, most_times_fastest=30, pause=0.005, memory=False
+        seconds=3, fewest_rounds=3, longest_call=4, most_times_fastest=30, settle=0.01, memory=False
     ),
-    "cpu-full": Effort(seconds=5, longest_call=10, most_times_fastest=30, pause=0.005, memory=False),
+    "cpu-full": Effort(seconds=5, longest_call=10, most_times_fastest=30, settle=0.01, memory=False),
 }
 
 
@@ -263,11 +264,18 @@ def _take_turns(calls: dict[int, Call], effort: Effort) -> dict[int, tuple[float
                 break
             shift = turn % max(1, len(order))
             for index in order[shift:] + order[:shift]:
-                time.sleep(effort.pause)
+                if min(samples[index], default=math.inf) < 10 * effort.settle:
+                    _settle(calls[index], effort.settle)
                 samples[index].append(_seconds(calls[index]))
     finally:
         gc.enable()
     return {index: tuple(times) for index, times in samples.items()}
+
+
+def _settle(call: Call, seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        call()
 
 
 def _seconds(call: Call) -> float:

@@ -224,6 +224,19 @@ def test_a_peer_far_behind_is_left_out(monkeypatch):
     assert slow.status == LEFT_OUT and "times as long as the fastest" in slow.reason
 
 
+def test_short_calls_run_untimed_before_each_sample():
+    runs = []
+
+    def counted(operands):
+        answer = float64_reference(operands).float()
+        return lambda: runs.append(1) or answer
+
+    effort = dataclasses.replace(QUICK, seconds=0, fewest_rounds=4, settle=0.005)
+    (entry,) = measure(tiny(), [Peer("counted", "contiguous", counted)], effort)
+    # Nothing is known of a call before its first sample.
+    assert len(entry.seconds) == 4 and len(runs) > 3 * 10
+
+
 def test_suites_hold_the_layers_of_both_networks():
     assert len({problem.name for problem in CPU_FULL}) == len(CPU_FULL)
     assert [(str(problem), problem.dtype_name) for problem in CPU][::2] == [
