@@ -51,7 +51,8 @@ def measure_ceilings(isa: str | None = None) -> Ceilings:
     threads, date = torch.get_num_threads(), datetime.now(timezone.utc).isoformat(timespec="seconds")
     host = _host()
     if host is None:
-        reason = f"tucker_ops' host module is absent: {native.build_status()['reason']}"
+        build = native.build_status()["reason"]
+        reason = f"tucker_ops' host module is absent or out of date ({build}); `pip install -e .` builds it"
         return Ceilings(threads, date, reason=reason)
     available = [loop for loop in host.peaks() if isa is None or loop[0] == isa]
     gflop_per_s, loops = {}, {}
