@@ -52,9 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_suite(options: argparse.Namespace, output: Path) -> int:
     plan = Plan(options.suite, tuple(options.problem), options.seconds, options.threads)
     rows, journal = run(plan, output, restart=options.restart)
-    print_rows(rows)
     write(rows, output, ratios=False)
     journal.close()
+    print_rows(rows)
     print(f"Written to {output}")
     return int(any(row["status"] == REFUSED for row in rows))
 
