@@ -1,4 +1,4 @@
-// tucker_ops::_tucker_conv_cpu: unpacks tensors, packs weights, cuts the output into tiles, runs threads.
+// tucker_ops::_tucker_conv_cpu: unpacks tensors and runs threads.
 //
 // Arguments have been checked in Python; the checks here only guard callers that reach the op without it.
 
@@ -6,16 +6,22 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "isa.h"
 #include "one_pass.h"
+#include "tiles.h"
+#include "weights.h"
 
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
@@ -24,134 +30,26 @@ using torch::stable::Tensor;
 namespace tucker_ops::cpu {
 namespace {
 
-constexpr int64_t kAlignment = 64;
 constexpr int64_t kMostGeometry = INT32_MAX;
-// The ring and the output plane of a tile should stay in a core's L2 cache, half of the 512 KB that small server
-// cores have; weights and input stream through the other half.
-constexpr int64_t kTileBytes = 256 * 1024;
-constexpr int64_t kMostTileBytes = 16 * kTileBytes;
 constexpr int64_t kMinMacsPerThread = 200'000;
-constexpr int64_t kMinPackedPerThread = 20'000;
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-Floats allocate(int64_t count) {
-  const int64_t bytes = ceil_div(count * sizeof(float), kAlignment) * kAlignment;
-  return Floats(static_cast<float*>(std::aligned_alloc(kAlignment, std::max(bytes, kAlignment))));
-}
-
-float to_float(float value) { return value; }
-float to_float(uint16_t bfloat16) {
-  const uint32_t wide = static_cast<uint32_t>(bfloat16) << 16;
-  float value;
-  __builtin_memcpy(&value, &wide, sizeof(value));
-  return value;
-}
-
-// One reduction axis: `count` steps of `stride` elements.
-struct Axis {
-  int64_t count, stride;
-};
-
-// weight[channel][offset] for a block of `width` channels, of which the first `count` exist.
-template <class T>
-void pack_block(const T* weight, int64_t channel_stride, const std::vector<int64_t>& offsets, int64_t count,
-                int64_t width, float* out) {
-  for (int64_t offset : offsets) {
-    for (int64_t lane = 0; lane < count; ++lane) out[lane] = to_float(weight[lane * channel_stride + offset]);
-    for (int64_t lane = count; lane < width; ++lane) out[lane] = 0.0f;
-    out += width;
+WeightView view_of(const Tensor& tensor) {
+  WeightView view{tensor.const_data_ptr(), tensor.scalar_type() == ScalarType::Float, {}, {}};
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    view.sizes.push_back(tensor.size(axis));
+    view.strides.push_back(tensor.stride(axis));
   }
+  return view;
 }
 
-// Packs weight[channel][axes…] into blocks of 2·lanes channels (see OnePass), axes in the order given.
-Floats pack(const Tensor& weight, const std::vector<Axis>& axes, int64_t lanes) {
-  const int64_t channels = weight.size(0), stride = weight.stride(0);
-  std::vector<int64_t> offsets{0};
-  for (const Axis& axis : axes) {
-    std::vector<int64_t> next;
-    next.reserve(offsets.size() * axis.count);
-    for (int64_t offset : offsets)
-      for (int64_t i = 0; i < axis.count; ++i) next.push_back(offset + i * axis.stride);
-    offsets.swap(next);
-  }
-  const int64_t reduction = offsets.size(), block = 2 * lanes, blocks = ceil_div(channels, block);
-  Floats packed = allocate(reduction * blocks * block);
-  if (!packed) return packed;
-  const bool is_float = weight.scalar_type() == ScalarType::Float;
-  const void* data = weight.const_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, kMinPackedPerThread / (reduction * block));
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t c = b * block, count = std::min(block, channels - c), width = count > lanes ? block : lanes;
-      float* out = packed.get() + c * reduction;
-      if (is_float) {
-        pack_block(static_cast<const float*>(data) + c * stride, stride, offsets, count, width, out);
-      } else {
-        pack_block(static_cast<const uint16_t*>(data) + c * stride, stride, offsets, count, width, out);
-      }
-    }
-  });
-  return packed;
-}
-
-int64_t halo(const Geometry& g, int axis, int64_t extent) {
-  return (extent - 1) * g.stride[axis] + (g.kernel[axis] - 1) * g.dilation[axis] + 1;
-}
-
-Tiles tile_of(const Geometry& g, int64_t rows, int64_t cols) {
-  Tiles t;
-  t.rows = rows;
-  t.cols = cols;
-  t.rows_in = halo(g, 1, rows);
-  t.cols_in = halo(g, 2, cols);
-  t.slots = std::min((g.kernel[0] - 1) * g.dilation[0] + 1, std::max<int64_t>(g.in[0], 1));
-  t.row_tiles = ceil_div(g.out[1], rows);
-  t.col_tiles = ceil_div(g.out[2], cols);
-  return t;
-}
-
-// Work of a tile per output voxel, in MACs: what the halo adds to the first stage, and a surcharge for tiles
-// that leave the cache. Input outside the volume costs nothing, and rows that no output reads are skipped.
-double work_per_voxel(const Geometry& g, const Tiles& t, int64_t bytes) {
-  const double rows_read = std::min({t.rows_in, t.rows * g.kernel[1], g.in[1]});
-  const double cols_read = std::min(t.cols_in, g.in[2]);
-  const double reduce = rows_read * cols_read * g.stride[0] * g.rank_in * g.in_channels;
-  const double taps = static_cast<double>(g.kernel[0]) * g.kernel[1] * g.kernel[2];
-  const double rest = (taps * g.rank_in + g.out_channels) * g.rank_out;
-  const double surcharge = bytes <= kTileBytes ? 1.0 : bytes <= 4 * kTileBytes ? 1.2 : 1.5;
-  return (reduce / (t.rows * t.cols) + rest) * surcharge;
-}
-
-// The tile of least work among the largest that fit each of a few limits; a wide dilation makes halos that
-// are worth a larger tile than the cache holds.
-Tiles choose_tiles(const Geometry& g, int64_t lanes) {
-  auto bytes = [&](const Tiles& t) {
-    return (ring_floats(g, t, lanes) + plane_floats(g, t, lanes)) * static_cast<int64_t>(sizeof(float));
-  };
-  Tiles best = tile_of(g, 1, 1);
-  // Not the work of that tile: without a halo all tiles tie, and the first, of whole rows, must win.
-  double least = std::numeric_limits<double>::infinity();
-  for (int64_t limit = kTileBytes; limit <= kMostTileBytes; limit *= 4) {
-    for (int64_t cols = g.out[2];; cols = ceil_div(cols, 2)) {
-      // Bytes grow linearly with rows, so the most that fit follow from two sizes.
-      const int64_t one = bytes(tile_of(g, 1, cols)), step = g.out[1] > 1 ? bytes(tile_of(g, 2, cols)) - one : 1;
-      if (one <= limit) {
-        const int64_t most = std::min(g.out[1], 1 + (limit - one) / step);
-        const Tiles tile = tile_of(g, ceil_div(g.out[1], ceil_div(g.out[1], most)), cols);
-        const double work = work_per_voxel(g, tile, bytes(tile));
-        if (work < least) {
-          least = work;
-          best = tile;
-        }
-      }
-      if (cols == 1) break;
-    }
-  }
-  return best;
+// What TUCKER_CPU_CORE asks for, for tests: direct, winograd2 or winograd4 wherever the problem allows it.
+std::optional<int64_t> wanted_core() {
+  const char* name = std::getenv("TUCKER_CPU_CORE");
+  if (!name || !*name) return std::nullopt;
+  const std::string core = name;
+  STD_TORCH_CHECK(core == "direct" || core == "winograd2" || core == "winograd4", "TUCKER_CPU_CORE=", core,
+                  " is not known; leave it unset, or set direct, winograd2 or winograd4");
+  return core == "direct" ? 0 : core.back() - '0';
 }
 
 Strides strides_of(const Tensor& tensor, int64_t ndim) {
@@ -160,6 +58,18 @@ Strides strides_of(const Tensor& tensor, int64_t ndim) {
   s.channel = tensor.stride(1);
   for (int64_t axis = 0; axis < ndim; ++axis) s.space[3 - ndim + axis] = tensor.stride(2 + axis);
   return s;
+}
+
+// A fresh tensor of this size comes page by page from the kernel, which can take as long as computing it. From
+// 32 MB on, glibc never takes memory from its heap, so the advice ends with the tensor.
+void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t huge = 2 * 1024 * 1024, least = 16 * huge;
+  if (bytes < least) return;
+  const int64_t begin = ceil_div(reinterpret_cast<intptr_t>(data), huge) * huge;
+  const int64_t end = (reinterpret_cast<intptr_t>(data) + bytes) / huge * huge;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, const Tensor& u_out,
@@ -222,36 +132,34 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   Tensor output = torch::stable::empty(out_size, dtype, std::nullopt, std::nullopt, std::nullopt,
                                        as_channels_last ? channels_last : MemoryFormat::Contiguous);
   if (output.numel() == 0) return output;
+  advise_huge_pages(output.mutable_data_ptr(), output.numel() * (dtype == ScalarType::Float ? 4 : 2));
 
   const char* isa = std::getenv("TUCKER_CPU_ISA");
   const Kernels* kernels = select_kernels(isa);
   STD_TORCH_CHECK(kernels, "TUCKER_CPU_ISA=", isa, " cannot run on this processor; it has ", tucker_ops_cpu_isas());
   const int64_t lanes = kernels->lanes;
 
-  // Reduction order of the core: taps, then input ranks.
-  std::vector<Axis> core_axes;
-  for (int64_t axis = 0; axis < ndim; ++axis) core_axes.push_back({core.size(2 + axis), core.stride(2 + axis)});
-  core_axes.push_back({g.rank_in, core.stride(1)});
-  const Floats packed_in = pack(u_in, {{g.in_channels, u_in.stride(1)}}, lanes);
-  const Floats packed_core = pack(core, core_axes, lanes);
-  const Floats packed_out = pack(u_out, {{g.rank_out, u_out.stride(1)}}, lanes);
-  const int64_t padded = ceil_div(g.out_channels, 2 * lanes) * 2 * lanes;
-  const Floats packed_bias = bias ? pack(*bias, {}, lanes) : allocate(padded);
-  STD_TORCH_CHECK(packed_in && packed_core && packed_out && packed_bias,
-                  "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
-  if (!bias) std::fill_n(packed_bias.get(), padded, 0.0f);
+  const std::optional<int64_t> wanted = wanted_core();
+  const Strides y_strides = strides_of(output, ndim);
+  const Layouts layouts{x_strides.channel == 1, y_strides.channel == 1};
+  std::optional<Tiles> tiles = choose_tiles(g, layouts, lanes, wanted);
+  if (!tiles) tiles = choose_tiles(g, layouts, lanes, std::nullopt);
+  const std::optional<WeightView> bias_view = bias ? std::optional(view_of(*bias)) : std::nullopt;
+  const Weights weights{view_of(u_in), view_of(core), view_of(u_out), bias_view ? &*bias_view : nullptr};
+  const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, lanes, tiles->winograd);
+  STD_TORCH_CHECK(packed, "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
 
   OnePass pass{};
   pass.g = g;
-  pass.tiles = choose_tiles(g, lanes);
+  pass.tiles = *tiles;
   pass.x = input.const_data_ptr();
   pass.y = output.mutable_data_ptr();
   pass.x_strides = x_strides;
-  pass.y_strides = strides_of(output, ndim);
-  pass.u_in = packed_in.get();
-  pass.core = packed_core.get();
-  pass.u_out = packed_out.get();
-  pass.bias = packed_bias.get();
+  pass.y_strides = y_strides;
+  pass.u_in = packed->u_in.get();
+  pass.core = packed->core.get();
+  pass.u_out = packed->u_out.get();
+  pass.bias = packed->bias.get();
 
   const int64_t units = g.batch * pass.tiles.row_tiles * pass.tiles.col_tiles * g.out[0];
   const int64_t macs_per_voxel = g.rank_in * g.rank_out * g.kernel[0] * g.kernel[1] * g.kernel[2] +
@@ -259,7 +167,7 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   const int64_t grain = std::max<int64_t>(
       1, kMinMacsPerThread / std::max<int64_t>(1, macs_per_voxel * pass.tiles.rows * pass.tiles.cols));
   const auto run = dtype == ScalarType::Float ? kernels->float32 : kernels->bfloat16;
-  const int64_t scratch_size = scratch_floats(g, pass.tiles, lanes);
+  const int64_t scratch_size = scratch_of(g, pass.tiles, lanes).total;
   std::atomic<bool> out_of_memory{false};
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const Floats scratch = allocate(scratch_size);

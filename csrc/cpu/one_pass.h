@@ -12,14 +12,16 @@
 namespace tucker_ops::cpu {
 
 struct Tiles {
+  int64_t winograd;              // m of F(m×m, 3×3) for the second stage, 0 for direct convolution
   int64_t rows, cols;            // output voxels of a tile
-  int64_t rows_in, cols_in;      // input voxels it reads, halo included
+  int64_t rows_in, cols_in;      // voxels of the first stage's output that it reads, halo included
   int64_t slots;                 // planes in the ring
   int64_t row_tiles, col_tiles;  // tiles that cover the output plane
 };
 
-// Weights are float32, packed by `pack` in launch.cpp: blocks of 2·lanes output channels (the last one
-// may be of 1·lanes), each [reduction][channels of the block], zero-filled.
+// Weights are float32, packed by weights.cpp: blocks of 2·lanes output channels (the last one may be of
+// 1·lanes), each [reduction][channels of the block], zero-filled. The core's reduction runs over taps, then
+// input ranks; with Winograd there is one such core per point, its taps those along depth.
 struct OnePass {
   Geometry g;
   Tiles tiles;
@@ -42,17 +44,48 @@ struct Kernels {
 // static: a copy of these compiled with wider instructions must stay in its object file.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline int64_t ring_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
-  return t.slots * t.rows_in * t.cols_in * ceil_div(g.rank_in, lanes) * lanes;
+// Floats in the packed form of a weight with `channels` outputs and a reduction over `reduction` values.
+static inline int64_t packed_floats(int64_t channels, int64_t reduction, int64_t lanes) {
+  return ceil_div(channels, lanes) * lanes * reduction;
 }
 
-static inline int64_t plane_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
-  return t.rows * t.cols * ceil_div(g.rank_out, lanes) * lanes;
-}
+// Input voxels of a row that are read, and output voxels that are written, at a time.
+constexpr int64_t kColumns = 48;
 
-// Scratch a thread needs: the ring, one plane of the second stage's output, and the ring's tags.
-static inline int64_t scratch_floats(const Geometry& g, const Tiles& t, int64_t lanes) {
-  return ring_floats(g, t, lanes) + plane_floats(g, t, lanes) + 2 * t.slots;
+// Where a thread's scratch memory holds what, in floats from its start.
+struct Scratch {
+  int64_t in_plane;               // floats of a plane [row][group][column][lane] of the first stage's output
+  int64_t point_in, point_out;    // Winograd: floats between points of a block's input and of its output
+  int64_t slot;                   // floats of a plane in the ring
+  int64_t plane, products, z, line, tags, total;
+};
+
+static inline Scratch scratch_of(const Geometry& g, const Tiles& t, int64_t lanes) {
+  const int64_t in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
+  Scratch s{};
+  s.in_plane = t.rows_in * t.cols_in * in_ranks;
+  s.slot = s.in_plane;
+  int64_t rows = t.rows, cols = t.cols;
+  if (t.winograd) {
+    const int64_t down = ceil_div(rows, t.winograd), across = ceil_div(cols, t.winograd);
+    const int64_t points = (t.winograd + 2) * (t.winograd + 2);
+    // An odd number of cache lines, or points would compete for the same sets of the cache.
+    s.point_in = (ceil_div(down * across * in_ranks, 16) | 1) * 16;
+    s.point_out = (ceil_div(down * across * out_ranks, 16) | 1) * 16;
+    s.slot = points * s.point_in;
+    s.plane = t.slots * s.slot;
+    s.products = s.plane + s.in_plane;
+    s.z = s.products + points * s.point_out;
+    rows = down * t.winograd;
+    cols = across * t.winograd;
+  } else {
+    s.z = t.slots * s.slot;
+  }
+  s.line = s.z + rows * cols * out_ranks;
+  const int64_t widest = g.in_channels > g.out_channels ? g.in_channels : g.out_channels;
+  s.tags = s.line + ceil_div(widest, lanes) * lanes * (kColumns + 16);
+  s.total = s.tags + 2 * t.slots;
+  return s;
 }
 
 #if defined(__x86_64__)

@@ -17,6 +17,13 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(params=["direct", "winograd2", "winograd4"])
+def core(request, monkeypatch):
+    """Runs the test with every way the CPU kernels have to compute the second stage."""
+    monkeypatch.setenv(native.CORE_VARIABLE, request.param)
+    return request.param
+
+
 @pytest.fixture(params=["avx512", "avx2", "baseline", "wide"])
 def isa(request, monkeypatch):
     """Runs the test once with every set of CPU kernels that this processor has."""

@@ -63,8 +63,11 @@ class Case:
         return [None if t is None else t.to(dtype).requires_grad_(requires_grad) for t in tensors]
 
 
-def random_cases(count: int, seed: int = 0) -> list[Case]:
-    """`count` valid problems: odd sizes, extents below the kernel, mixed strides, dilation, batches, layouts."""
+def random_cases(count: int, seed: int = 0, *, winograd: bool = False) -> list[Case]:
+    """`count` valid problems: odd sizes, extents below the kernel, mixed strides, dilation, batches, layouts.
+
+    With `winograd`, kernel 3×3 at stride and dilation 1 in height and width, so that Winograd applies.
+    """
     rng = random.Random(seed)
     cases: list[Case] = []
     kernels = {3: [(3, 3, 3), (1, 3, 3), (3, 3, 1), (5, 5, 5), (1, 1, 1), (2, 3, 5), (3, 1, 1)]}
@@ -73,10 +76,15 @@ def random_cases(count: int, seed: int = 0) -> list[Case]:
         3: [(1, 1, 1), (1, 1, 1), (2, 2, 2), (3, 3, 3), (1, 2, 2), (2, 1, 3)],
         2: [(1, 1), (2, 2), (3, 3), (1, 2)],
     }
+    if winograd:
+        kernels = {3: [(3, 3, 3), (1, 3, 3), (2, 3, 3), (5, 3, 3)], 2: [(3, 3)]}
+        strides = {3: [(1, 1, 1), (1, 1, 1), (2, 1, 1), (3, 1, 1)], 2: [(1, 1)]}
     while len(cases) < count:
         ndim = rng.choice([2, 3, 3])
         kernel, stride = rng.choice(kernels[ndim]), rng.choice(strides[ndim])
         dilation = tuple(rng.choice([1, 1, 1, 2, 3]) for _ in range(ndim))
+        if winograd:
+            dilation = (*dilation[:-2], 1, 1)
         padding = tuple(rng.randint(0, 3) for _ in range(ndim))
         size = tuple(rng.choice([1, 2, 3, 5, 7, 8, 13, 17]) for _ in range(ndim))
         if min(conv_output_size(size, kernel, stride, padding, dilation)) < 1:

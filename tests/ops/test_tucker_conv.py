@@ -16,9 +16,11 @@ from tests.ops.problems import (
     relative_rms,
     tolerance,
 )
+from tucker_ops.backends import native
 from tucker_ops.ops.reference import memory_format
 
 CASES = random_cases(240)
+WINOGRAD_CASES = random_cases(120, seed=1, winograd=True)
 SMALL = Case(0, 2, (5, 4, 3, 6), (4, 5, 6), (3, 3, 3), (1, 2, 1), (1, 1, 1), (1, 1, 1), True, "contiguous")
 
 
@@ -39,6 +41,15 @@ def test_cpu_kernels_match_float64(isa, dtype, poisoned):
             check(case, dtype, "cpu")
         except AssertionError as error:
             raise AssertionError(f"{isa} on {case}: {error}") from error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_every_core_matches_float64(isa, core, dtype, poisoned):
+    for case in WINOGRAD_CASES:
+        try:
+            check(case, dtype, "cpu")
+        except AssertionError as error:
+            raise AssertionError(f"{isa}, {core} on {case}: {error}") from error
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -118,6 +129,22 @@ def test_nan_reaches_exactly_the_outputs_that_read_it(backend):
     assert torch.equal(out.isnan(), expected.expand_as(out))
 
 
+@pytest.mark.parametrize("block", [2, 4])
+def test_nan_stays_in_the_blocks_that_read_it(block, monkeypatch):
+    if not native.load():
+        pytest.skip(native.load().reason)
+    monkeypatch.setenv(native.CORE_VARIABLE, f"winograd{block}")
+    x, u_in, core, u_out, bias = Case(
+        0, 1, (2, 5, 4, 3), (5, 23, 24), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous"
+    ).tensors(torch.float32)
+    x[0, 1, 2, 11, 12] = float("nan")
+    out = tucker_ops.tucker_conv(x, u_in, core, u_out, bias, 1, 1, backend="cpu")
+    lost = out.isnan().any(1)[0].nonzero()
+    assert (lost.amin(0) >= torch.tensor([1, 11 - block, 12 - block])).all()
+    assert (lost.amax(0) <= torch.tensor([3, 11 + block, 12 + block])).all()
+    assert out[:, :, 1:4, 10:13, 11:14].isnan().all()
+
+
 def test_weights_in_any_layout():
     x, u_in, core, u_out, bias = SMALL.tensors(torch.float32)
     plain = tucker_ops.tucker_conv(x, u_in, core, u_out, bias)
@@ -131,7 +158,7 @@ def test_weights_in_any_layout():
     torch.testing.assert_close(strided, plain)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa):
+def test_results_do_not_depend_on_the_number_of_threads(isa, core):
     case = Case(3, 2, (8, 8, 8, 8), (17, 19, 23), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous")
     tensors = case.tensors(torch.float32)
     before = torch.get_num_threads()
@@ -145,7 +172,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     assert torch.equal(alone, together)
 
 
-def test_tiles_in_height_and_width(isa):
+def test_tiles_in_height_and_width(isa, core):
     """A plane of 160 channels in float32 of this extent is 20 MB: more than any tile, so seams are inside."""
     case = Case(
         5, 1, (8, 160, 16, 8), (3, 60, 500), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous"

@@ -16,6 +16,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = _PACKAGE / "libtucker_ops_native.so"
 STATUS = _PACKAGE / "_build_status.json"
 ISA_VARIABLE = "TUCKER_CPU_ISA"
+CORE_VARIABLE = "TUCKER_CPU_CORE"
 
 
 @cache

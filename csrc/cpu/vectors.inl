@@ -1,0 +1,165 @@
+// Vectors of TUCKER_LANES float32, conversions, and the multiply-accumulate that all stages share.
+//
+// Everything in the .inl files has internal linkage and no STL is used: an inline function compiled with
+// wider instructions could otherwise be the copy that the linker keeps for the whole program.
+
+#include <cstdint>
+
+#define TUCKER_INLINE inline __attribute__((always_inline))
+
+namespace tucker_ops::cpu {
+namespace {
+
+constexpr int LANES = TUCKER_LANES;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+TUCKER_INLINE float to_float(float value) { return value; }
+TUCKER_INLINE float to_float(bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+TUCKER_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+TUCKER_INLINE Vec load(const bfloat16* p) {
+  const Halves halves = *reinterpret_cast<const UnalignedHalves*>(p);
+  return reinterpret_cast<Vec>(__builtin_convertvector(halves, Bits) << 16);
+}
+
+TUCKER_INLINE void store(float* p, Vec value) { *reinterpret_cast<UnalignedVec*>(p) = value; }
+// Rounds to nearest, ties to even; a NaN stays one.
+TUCKER_INLINE void store(bfloat16* p, Vec value) {
+  const Bits bits = reinterpret_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits quiet = (bits >> 16) | 0x40u;
+  const Bits is_nan = reinterpret_cast<Bits>(value != value);
+  const Bits chosen = (is_nan & quiet) | (~is_nan & rounded);
+  *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(chosen, Halves);
+}
+
+// Stores the first `count` lanes, `stride` elements apart.
+template <class T>
+TUCKER_INLINE void store_lanes(T* p, Vec value, int64_t count, int64_t stride) {
+  T lanes[LANES];
+  store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) p[i * stride] = lanes[i];
+}
+
+template <class T>
+TUCKER_INLINE void widen(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+#if TUCKER_LANES == 4
+#define TUCKER_LOW 0, 4, 1, 5
+#define TUCKER_HIGH 2, 6, 3, 7
+#elif TUCKER_LANES == 8
+#define TUCKER_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define TUCKER_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define TUCKER_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define TUCKER_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#endif
+
+// Transposes LANES × LANES values: each round is a perfect shuffle of the rows.
+TUCKER_INLINE void transpose(Vec (&rows)[LANES]) {
+  Vec next[LANES];
+  for (int span = 1; span < LANES; span *= 2) {
+    for (int i = 0; i < LANES / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + LANES / 2], Bits{TUCKER_LOW});
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + LANES / 2], Bits{TUCKER_HIGH});
+    }
+    for (int i = 0; i < LANES; ++i) rows[i] = next[i];
+  }
+}
+
+// acc[j] += sum over k < n of a[j·LDA + k·step] · w[k]; LDA = 0 takes `lda` instead, N = 0 takes `n`.
+template <int MR, int NV, int LDA, int N = 0>
+TUCKER_INLINE void accumulate(Vec (&acc)[MR][NV], const float* a, int64_t lda, int64_t step, int64_t n,
+                              const float* w) {
+  const int64_t ld = LDA ? LDA : lda;
+  const int64_t count = N ? N : n;
+  for (int64_t k = 0; k < count; ++k) {
+    Vec weight[NV];
+    for (int v = 0; v < NV; ++v) weight[v] = reinterpret_cast<const Vec*>(w)[v];
+    for (int j = 0; j < MR; ++j) {
+      const float value = a[j * ld];
+      for (int v = 0; v < NV; ++v) acc[j][v] += weight[v] * value;
+    }
+    a += step;
+    w += NV * LANES;
+  }
+}
+
+// The same over `rank` channels that lie in groups of LANES; returns the weights after those used.
+template <int MR, int NV, int LDA>
+TUCKER_INLINE const float* accumulate_groups(Vec (&acc)[MR][NV], const float* a, int64_t lda, int64_t group_stride,
+                                             int64_t rank, const float* w) {
+  int64_t r = 0;
+  for (; r + LANES <= rank; r += LANES, a += group_stride, w += LANES * NV * LANES)
+    accumulate<MR, NV, LDA, LANES>(acc, a, lda, 1, LANES, w);
+  if (r < rank) accumulate<MR, NV, LDA>(acc, a, lda, 1, rank - r, w);
+  return w + (rank - r) * NV * LANES;
+}
+
+// Calls f(Int<MR>, start) for blocks of about equal size that cover [begin, end). The accumulators of a
+// block fill the registers: 12 of 16, or 24 of the 32 that AVX-512 has. A block much smaller than that
+// would wait for its own sums.
+template <int NV, class F>
+TUCKER_INLINE void voxel_blocks(int64_t begin, int64_t end, const F& f) {
+  constexpr int full = (LANES == 16 || NV == 1) ? 12 : 6;
+  const int64_t count = end - begin, blocks = ceil_div(count, full);
+  for (int64_t block = 0, at = begin; block < blocks; ++block) {
+    const int64_t size = (end - at) / (blocks - block);
+    if constexpr (full > 6) {
+      switch (size) {
+        case 12: f(Int<12>(), at); break;
+        case 11: f(Int<11>(), at); break;
+        case 10: f(Int<10>(), at); break;
+        case 9: f(Int<9>(), at); break;
+        case 8: f(Int<8>(), at); break;
+        case 7: f(Int<7>(), at); break;
+      }
+    }
+    switch (size) {
+      case 6: f(Int<6>(), at); break;
+      case 5: f(Int<5>(), at); break;
+      case 4: f(Int<4>(), at); break;
+      case 3: f(Int<3>(), at); break;
+      case 2: f(Int<2>(), at); break;
+      case 1: f(Int<1>(), at); break;
+    }
+    at += size;
+  }
+}
+
+// Calls f(Int<NV>, first channel) for the blocks in which weights are packed.
+template <class F>
+TUCKER_INLINE void channel_blocks(int64_t channels, const F& f) {
+  for (int64_t c = 0; c < channels; c += 2 * LANES) {
+    if (channels - c > LANES) {
+      f(Int<2>(), c);
+    } else {
+      f(Int<1>(), c);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tucker_ops::cpu

@@ -1,0 +1,303 @@
+#include "weights.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <optional>
+
+#include "one_pass.h"
+
+namespace tucker_ops::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kMinPackedPerThread = 20'000;
+constexpr int64_t kMinComparedPerThread = 256 * 1024;
+// A compressed 3D nnU-Net needs 10 to 60 MB; the forms used longest ago are dropped first.
+constexpr int64_t kMostCachedBytes = 256 * 1024 * 1024;
+constexpr int64_t kSamples = 16;
+
+// G of F(2, 3) and F(4, 3), matching winograd.inl.
+constexpr double kG2[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+constexpr double kG4[6][3] = {{1.0 / 4, 0, 0},
+                              {-1.0 / 6, -1.0 / 6, -1.0 / 6},
+                              {-1.0 / 6, 1.0 / 6, -1.0 / 6},
+                              {1.0 / 24, 1.0 / 12, 1.0 / 6},
+                              {1.0 / 24, -1.0 / 12, 1.0 / 6},
+                              {0, 0, 1}};
+
+float value_at(const WeightView& weight, int64_t offset) {
+  if (weight.is_float) return static_cast<const float*>(weight.data)[offset];
+  const uint32_t wide = static_cast<uint32_t>(static_cast<const uint16_t*>(weight.data)[offset]) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+int64_t element_bytes(const WeightView& weight) { return weight.is_float ? 4 : 2; }
+
+int64_t bytes_of(const WeightView& weight) {
+  int64_t bytes = element_bytes(weight);
+  for (int64_t size : weight.sizes) bytes *= size;
+  return bytes;
+}
+
+// Offsets of the values over which an output channel is summed: the axes given, the last one fastest.
+std::vector<int64_t> reduction_offsets(const WeightView& weight, const std::vector<size_t>& axes) {
+  std::vector<int64_t> offsets{0};
+  for (size_t axis : axes) {
+    std::vector<int64_t> next;
+    next.reserve(offsets.size() * weight.sizes[axis]);
+    for (int64_t offset : offsets)
+      for (int64_t i = 0; i < weight.sizes[axis]; ++i) next.push_back(offset + i * weight.strides[axis]);
+    offsets.swap(next);
+  }
+  return offsets;
+}
+
+// Calls f(first channel, channels that exist, channels of the block, reduction begin, end) in parallel over
+// blocks of 2·lanes channels and runs of the reduction.
+template <class F>
+void for_each_block(int64_t channels, int64_t reduction, int64_t lanes, const F& f) {
+  const int64_t block = 2 * lanes, blocks = ceil_div(channels, block);
+  torch::stable::parallel_for(0, blocks * reduction, ceil_div(kMinPackedPerThread, block),
+                              [&](int64_t begin, int64_t end) {
+                                while (begin < end) {
+                                  const int64_t b = begin / reduction, first = begin % reduction;
+                                  const int64_t last = std::min(reduction, first + end - begin);
+                                  const int64_t count = std::min(block, channels - b * block);
+                                  f(b * block, count, count > lanes ? block : lanes, first, last);
+                                  begin += last - first;
+                                }
+                              });
+}
+
+Floats pack(const WeightView& weight, const std::vector<size_t>& axes, int64_t lanes) {
+  const std::vector<int64_t> offsets = reduction_offsets(weight, axes);
+  const int64_t channels = weight.sizes[0], reduction = offsets.size(), stride = weight.strides[0];
+  Floats packed = allocate(packed_floats(channels, reduction, lanes));
+  if (!packed) return packed;
+  for_each_block(channels, reduction, lanes, [&](int64_t c, int64_t count, int64_t width, int64_t begin, int64_t end) {
+    float* out = packed.get() + c * reduction + begin * width;
+    for (int64_t i = begin; i < end; ++i, out += width) {
+      for (int64_t lane = 0; lane < count; ++lane) out[lane] = value_at(weight, (c + lane) * stride + offsets[i]);
+      std::fill(out + count, out + width, 0.0f);
+    }
+  });
+  return packed;
+}
+
+// U = G g Gᵀ of every 3 × 3 slice of the core, computed in float64: one packed core per point.
+template <int P>
+Floats pack_winograd(const WeightView& core, const double (&G)[P][3], int64_t lanes) {
+  const size_t height = core.sizes.size() - 2, width_axis = height + 1;
+  const std::vector<int64_t> offsets =
+      height == 3 ? reduction_offsets(core, {2, 1}) : reduction_offsets(core, {1});
+  const int64_t channels = core.sizes[0], reduction = offsets.size();
+  const int64_t point_floats = packed_floats(channels, reduction, lanes);
+  Floats packed = allocate(P * P * point_floats);
+  if (!packed) return packed;
+  for_each_block(channels, reduction, lanes, [&](int64_t c, int64_t count, int64_t width, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t lane = 0; lane < width; ++lane) {
+        float* out = packed.get() + c * reduction + i * width + lane;
+        if (lane >= count) {
+          for (int point = 0; point < P * P; ++point) out[point * point_floats] = 0.0f;
+          continue;
+        }
+        const int64_t origin = (c + lane) * core.strides[0] + offsets[i];
+        double half[P][3];
+        for (int k = 0; k < 3; ++k) {
+          double g[3];
+          for (int h = 0; h < 3; ++h)
+            g[h] = value_at(core, origin + h * core.strides[height] + k * core.strides[width_axis]);
+          for (int a = 0; a < P; ++a) half[a][k] = G[a][0] * g[0] + G[a][1] * g[1] + G[a][2] * g[2];
+        }
+        for (int a = 0; a < P; ++a)
+          for (int b = 0; b < P; ++b)
+            out[(a * P + b) * point_floats] =
+                static_cast<float>(half[a][0] * G[b][0] + half[a][1] * G[b][1] + half[a][2] * G[b][2]);
+      }
+    }
+  });
+  return packed;
+}
+
+Floats pack_core(const WeightView& core, int64_t lanes, int64_t winograd) {
+  if (winograd == 2) return pack_winograd(core, kG2, lanes);
+  if (winograd == 4) return pack_winograd(core, kG4, lanes);
+  std::vector<size_t> axes;
+  for (size_t axis = 2; axis < core.sizes.size(); ++axis) axes.push_back(axis);
+  axes.push_back(1);
+  return pack(core, axes, lanes);
+}
+
+std::optional<PackedWeights> pack_all(const Weights& weights, int64_t lanes, int64_t winograd) {
+  PackedWeights packed;
+  packed.u_in = pack(weights.u_in, {1}, lanes);
+  packed.core = pack_core(weights.core, lanes, winograd);
+  packed.u_out = pack(weights.u_out, {1}, lanes);
+  const int64_t channels = ceil_div(weights.u_out.sizes[0], 2 * lanes) * 2 * lanes;
+  packed.bias = allocate(channels);
+  if (!packed.u_in || !packed.core || !packed.u_out || !packed.bias) return std::nullopt;
+  std::fill_n(packed.bias.get(), channels, 0.0f);
+  if (weights.bias)
+    for (int64_t c = 0; c < weights.bias->sizes[0]; ++c)
+      packed.bias[c] = value_at(*weights.bias, c * weights.bias->strides[0]);
+  return packed;
+}
+
+// Do the elements, in whatever order, fill one run of memory?
+bool is_dense(const WeightView& weight) {
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (size_t i = 0; i < weight.sizes.size(); ++i)
+    if (weight.sizes[i] != 1) axes.emplace_back(weight.strides[i], weight.sizes[i]);
+  std::sort(axes.begin(), axes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+std::vector<const WeightView*> views(const Weights& weights) {
+  std::vector<const WeightView*> all{&weights.u_in, &weights.core, &weights.u_out};
+  if (weights.bias) all.push_back(weights.bias);
+  return all;
+}
+
+struct Entry {
+  uint64_t key;
+  std::vector<std::unique_ptr<char[]>> originals;
+  PackedWeights packed;
+  int64_t bytes;
+};
+
+// Shapes, layout, and a few of the values: equal for equal weights, wherever they lie.
+uint64_t key_of(const Weights& weights, int64_t lanes, int64_t winograd) {
+  uint64_t hash = 14695981039346656037u;
+  auto mix = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
+  mix(lanes);
+  mix(winograd);
+  for (const WeightView* view : views(weights)) {
+    mix(view->is_float);
+    for (size_t i = 0; i < view->sizes.size(); ++i) {
+      mix(view->sizes[i]);
+      mix(view->sizes[i] == 1 ? 0 : view->strides[i]);
+    }
+    const int64_t bytes = bytes_of(*view), element = element_bytes(*view), count = bytes / element;
+    for (int64_t i = 0; i < kSamples; ++i) {
+      uint32_t sample = 0;
+      std::memcpy(&sample, static_cast<const char*>(view->data) + i * (count - 1) / (kSamples - 1) * element, element);
+      mix(sample);
+    }
+  }
+  return hash;
+}
+
+bool same_bytes(const void* a, const void* b, int64_t bytes) {
+  if (bytes < 2 * kMinComparedPerThread) return !std::memcmp(a, b, bytes);
+  std::atomic<bool> same{true};
+  torch::stable::parallel_for(0, bytes, kMinComparedPerThread, [&](int64_t begin, int64_t end) {
+    if (std::memcmp(static_cast<const char*>(a) + begin, static_cast<const char*>(b) + begin, end - begin))
+      same = false;
+  });
+  return same;
+}
+
+bool belongs_to(const Entry& entry, const Weights& weights) {
+  const auto all = views(weights);
+  if (entry.originals.size() != all.size()) return false;
+  for (size_t i = 0; i < all.size(); ++i)
+    if (!same_bytes(entry.originals[i].get(), all[i]->data, bytes_of(*all[i]))) return false;
+  return true;
+}
+
+// Newest use first. Never waits for its lock, so a child forked while another thread held it only loses speed.
+class Cache {
+ public:
+  std::shared_ptr<const Entry> find(uint64_t key) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    const auto found = std::find_if(entries_.begin(), entries_.end(), [&](auto& entry) { return entry->key == key; });
+    if (found == entries_.end()) return nullptr;
+    entries_.splice(entries_.begin(), entries_, found);
+    return entries_.front();
+  }
+
+  void put(std::shared_ptr<const Entry> entry) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || entry->bytes > kMostCachedBytes) return;
+    entries_.remove_if([&](auto& old) {
+      if (old->key != entry->key) return false;
+      bytes_ -= old->bytes;
+      return true;
+    });
+    bytes_ += entry->bytes;
+    entries_.push_front(std::move(entry));
+    while (bytes_ > kMostCachedBytes) {
+      bytes_ -= entries_.back()->bytes;
+      entries_.pop_back();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::list<std::shared_ptr<const Entry>> entries_;
+  int64_t bytes_ = 0;
+};
+
+Cache& cache() {
+  // Never destroyed: threads may still compute while the process ends.
+  static Cache& instance = *new Cache;
+  return instance;
+}
+
+int64_t packed_bytes(const Weights& weights, int64_t lanes, int64_t winograd) {
+  int64_t core_reduction = 1;
+  for (size_t axis = 1; axis < weights.core.sizes.size(); ++axis) core_reduction *= weights.core.sizes[axis];
+  if (winograd) core_reduction = core_reduction / 9 * (winograd + 2) * (winograd + 2);
+  return 4 * (packed_floats(weights.u_in.sizes[0], weights.u_in.sizes[1], lanes) +
+              packed_floats(weights.core.sizes[0], core_reduction, lanes) +
+              packed_floats(weights.u_out.sizes[0], weights.u_out.sizes[1] + 1, lanes));
+}
+
+}  // namespace
+
+Floats allocate(int64_t count) {
+  const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(float)), kAlignment) * kAlignment;
+  return Floats(static_cast<float*>(std::aligned_alloc(kAlignment, std::max(bytes, kAlignment))));
+}
+
+std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, int64_t lanes, int64_t winograd) {
+  const auto all = views(weights);
+  const bool keep = std::all_of(all.begin(), all.end(), [](const WeightView* view) { return is_dense(*view); });
+  const uint64_t key = keep ? key_of(weights, lanes, winograd) : 0;
+  if (keep) {
+    if (const auto entry = cache().find(key); entry && belongs_to(*entry, weights))
+      return {entry, &entry->packed};
+  }
+  std::optional<PackedWeights> packed = pack_all(weights, lanes, winograd);
+  if (!packed) return nullptr;
+  auto entry = std::make_shared<Entry>();
+  entry->key = key;
+  entry->packed = std::move(*packed);
+  entry->bytes = packed_bytes(weights, lanes, winograd);
+  if (keep) {
+    for (const WeightView* view : all) {
+      const int64_t bytes = bytes_of(*view);
+      entry->originals.push_back(std::make_unique<char[]>(bytes));
+      std::memcpy(entry->originals.back().get(), view->data, bytes);
+      entry->bytes += bytes;
+    }
+    cache().put(entry);
+  }
+  return {entry, &entry->packed};
+}
+
+}  // namespace tucker_ops::cpu

@@ -1,0 +1,41 @@
+// Weights in the order in which the kernels read them, kept from call to call.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+namespace tucker_ops::cpu {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float[], Free>;
+
+// At least `count` floats, aligned to a cache line; null if there is no memory.
+Floats allocate(int64_t count);
+
+// A weight tensor in the user's layout: float32 or bfloat16.
+struct WeightView {
+  const void* data;
+  bool is_float;
+  std::vector<int64_t> sizes, strides;  // elements
+};
+
+struct Weights {
+  WeightView u_in, core, u_out;
+  const WeightView* bias;  // null if the layer has none
+};
+
+struct PackedWeights {
+  Floats u_in, core, u_out, bias;
+};
+
+// The packed form for vectors of `lanes` and Winograd blocks of `winograd` (see OnePass); null if there is no memory.
+//
+// Forms are kept, and used again only where a copy of the original weights equals the ones given bit for bit: a
+// change in place, however it was made, is never missed. Safe to call from several threads and after a fork.
+std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, int64_t lanes, int64_t winograd);
+
+}  // namespace tucker_ops::cpu
