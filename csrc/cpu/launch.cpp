@@ -42,14 +42,15 @@ WeightView view_of(const Tensor& tensor) {
   return view;
 }
 
-// What TUCKER_CPU_CORE asks for, for tests: direct, winograd2 or winograd4 wherever the problem allows it.
-std::optional<int64_t> wanted_core() {
+// TUCKER_CPU_CORE, for tests: direct, winograd2 or winograd4 wherever the problem allows it. False if it names no other.
+bool read_core(std::optional<int64_t>& winograd) {
   const char* name = std::getenv("TUCKER_CPU_CORE");
-  if (!name || !*name) return std::nullopt;
+  if (!name || !*name) return true;
   const std::string core = name;
-  STD_TORCH_CHECK(core == "direct" || core == "winograd2" || core == "winograd4", "TUCKER_CPU_CORE=", core,
-                  " is not known; leave it unset, or set direct, winograd2 or winograd4");
-  return core == "direct" ? 0 : core.back() - '0';
+  if (core == "direct") winograd = 0;
+  if (core == "winograd2") winograd = 2;
+  if (core == "winograd4") winograd = 4;
+  return winograd.has_value();
 }
 
 Strides strides_of(const Tensor& tensor, int64_t ndim) {
@@ -58,6 +59,12 @@ Strides strides_of(const Tensor& tensor, int64_t ndim) {
   s.channel = tensor.stride(1);
   for (int64_t axis = 0; axis < ndim; ++axis) s.space[3 - ndim + axis] = tensor.stride(2 + axis);
   return s;
+}
+
+Tiles tiles_of_call(const Geometry& g, const Layouts& layouts, int64_t lanes, std::optional<int64_t> winograd) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const std::optional<Tiles> tiles = choose_tiles(g, layouts, lanes, winograd, threads);
+  return tiles ? *tiles : *choose_tiles(g, layouts, lanes, std::nullopt, threads);
 }
 
 // A fresh tensor of this size comes page by page from the kernel, which can take as long as computing it. From
@@ -139,19 +146,20 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   STD_TORCH_CHECK(kernels, "TUCKER_CPU_ISA=", isa, " cannot run on this processor; it has ", tucker_ops_cpu_isas());
   const int64_t lanes = kernels->lanes;
 
-  const std::optional<int64_t> wanted = wanted_core();
   const Strides y_strides = strides_of(output, ndim);
   const Layouts layouts{x_strides.channel == 1, y_strides.channel == 1};
-  std::optional<Tiles> tiles = choose_tiles(g, layouts, lanes, wanted);
-  if (!tiles) tiles = choose_tiles(g, layouts, lanes, std::nullopt);
+  std::optional<int64_t> winograd;
+  STD_TORCH_CHECK(read_core(winograd), "TUCKER_CPU_CORE=", std::getenv("TUCKER_CPU_CORE"),
+                  " is not known; leave it unset, or set direct, winograd2 or winograd4");
+  const Tiles tiles = tiles_of_call(g, layouts, lanes, winograd);
   const std::optional<WeightView> bias_view = bias ? std::optional(view_of(*bias)) : std::nullopt;
   const Weights weights{view_of(u_in), view_of(core), view_of(u_out), bias_view ? &*bias_view : nullptr};
-  const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, lanes, tiles->winograd);
+  const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, lanes, tiles.winograd);
   STD_TORCH_CHECK(packed, "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
 
   OnePass pass{};
   pass.g = g;
-  pass.tiles = *tiles;
+  pass.tiles = tiles;
   pass.x = input.const_data_ptr();
   pass.y = output.mutable_data_ptr();
   pass.x_strides = x_strides;
@@ -184,6 +192,23 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
 
 }  // namespace
 }  // namespace tucker_ops::cpu
+
+extern "C" __attribute__((visibility("default"))) int tucker_ops_cpu_tiles(const int64_t* numbers, int64_t* result) {
+  using namespace tucker_ops::cpu;
+  tucker_ops::Geometry g{};
+  int64_t* const scalars[] = {&g.batch, &g.in_channels, &g.rank_in, &g.rank_out, &g.out_channels};
+  for (int64_t* scalar : scalars) *scalar = *numbers++;
+  for (int64_t* triple : {g.in, g.out, g.kernel, g.stride, g.padding, g.dilation})
+    for (int axis = 0; axis < 3; ++axis) triple[axis] = *numbers++;
+  const Kernels* kernels = select_kernels(std::getenv("TUCKER_CPU_ISA"));
+  std::optional<int64_t> winograd;
+  if (!kernels || !read_core(winograd)) return 0;
+  const Tiles tiles = tiles_of_call(g, {numbers[0] != 0, numbers[0] != 0}, kernels->lanes, winograd);
+  result[0] = tiles.winograd;
+  result[1] = tiles.rows;
+  result[2] = tiles.cols;
+  return 1;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tucker_ops, CPU, m) {
   m.impl("_tucker_conv_cpu", TORCH_BOX(&tucker_ops::cpu::tucker_conv));

@@ -100,39 +100,58 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
   return (reduce + core + expand) * surcharge + memory;
 }
 
+struct Choice {
+  std::optional<Tiles> tiles;
+  double work = std::numeric_limits<double>::infinity();
+};
+
+// The best tiles for one way of the second stage, where `threads` share them out.
+Choice best_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes, int64_t m, int64_t threads) {
+  const int64_t unit = std::max<int64_t>(m, 1);
+  Choice best;
+  auto consider = [&](int64_t rows, int64_t cols) {
+    const Tiles candidate = tile_of(g, m, rows, cols);
+    const int64_t units = g.batch * candidate.row_tiles * candidate.col_tiles * g.out[0];
+    const double idle = static_cast<double>(ceil_div(units, threads) * threads) / units;
+    const double work = work_per_voxel(g, layouts, candidate, lanes) * idle;
+    if (work < best.work) best = {candidate, work};
+  };
+  // Among the largest tiles that fit each of a few limits, and those half as high; a wide dilation makes halos that
+  // are worth a larger tile than the cache holds.
+  for (int64_t limit = tile_bytes(); limit <= kLargestOverflow * tile_bytes(); limit *= 4) {
+    for (int64_t cols = g.out[2];; cols = ceil_div(ceil_div(cols, 2), unit) * unit) {
+      // Bytes grow about linearly with rows, so the most that fit follow from two sizes.
+      const int64_t one = bytes_of(g, tile_of(g, m, unit, cols), lanes);
+      const int64_t step = std::max<int64_t>(1, bytes_of(g, tile_of(g, m, 2 * unit, cols), lanes) - one);
+      if (one <= limit) {
+        const int64_t units = ceil_div(g.out[1], unit), most = std::min(units, 1 + (limit - one) / step);
+        for (int64_t tiles : {ceil_div(units, most), 2 * ceil_div(units, most)})
+          consider(std::min(g.out[1], ceil_div(units, tiles) * unit), cols);
+      }
+      if (cols <= unit) break;
+    }
+  }
+  if (!best.tiles) consider(std::min(unit, g.out[1]), std::min(unit, g.out[2]));
+  return best;
+}
+
 }  // namespace
 
 std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes,
-                                  std::optional<int64_t> winograd) {
-  std::optional<Tiles> best;
+                                  std::optional<int64_t> winograd, int64_t threads) {
+  // Not by the number of threads: the way of the second stage decides how results are rounded.
+  std::optional<int64_t> way;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t m : {0, 2, 4}) {
     if ((winograd && *winograd != m) || (m && !allows_winograd(g))) continue;
-    const int64_t unit = std::max<int64_t>(m, 1);
-    auto tile = [&](int64_t rows, int64_t cols) { return tile_of(g, m, rows, cols); };
-    // Among the largest tiles that fit each of a few limits; a wide dilation makes halos that are worth a larger
-    // tile than the cache holds.
-    for (int64_t limit = tile_bytes(); limit <= kLargestOverflow * tile_bytes(); limit *= 4) {
-      for (int64_t cols = g.out[2];; cols = ceil_div(ceil_div(cols, 2), unit) * unit) {
-        // Bytes grow about linearly with rows, so the most that fit follow from two sizes.
-        const int64_t one = bytes_of(g, tile(unit, cols), lanes);
-        const int64_t step = std::max<int64_t>(1, bytes_of(g, tile(2 * unit, cols), lanes) - one);
-        if (one <= limit) {
-          const int64_t units = ceil_div(g.out[1], unit), most = std::min(units, 1 + (limit - one) / step);
-          const int64_t rows = std::min(g.out[1], ceil_div(units, ceil_div(units, most)) * unit);
-          const Tiles candidate = tile(rows, cols);
-          const double work = work_per_voxel(g, layouts, candidate, lanes);
-          if (work < least) {
-            least = work;
-            best = candidate;
-          }
-        }
-        if (cols <= unit) break;
-      }
+    const double work = best_tiles(g, layouts, lanes, m, 1).work;
+    if (work < least) {
+      least = work;
+      way = m;
     }
-    if (!best && !m) best = tile(1, 1);
   }
-  return best;
+  if (!way) return std::nullopt;
+  return best_tiles(g, layouts, lanes, *way, threads).tiles;
 }
 
 }  // namespace tucker_ops::cpu

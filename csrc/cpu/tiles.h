@@ -12,9 +12,9 @@ struct Layouts {
   bool x_channels_last, y_channels_last;
 };
 
-// The tiles of least estimated work. `winograd` fixes the way of the second stage (see Tiles); nothing is returned
+// The tiles of least estimated work for `threads` that share them. `winograd` fixes the way of the second stage (see Tiles); nothing is returned
 // where the problem does not allow it.
 std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes,
-                                  std::optional<int64_t> winograd);
+                                  std::optional<int64_t> winograd, int64_t threads);
 
 }  // namespace tucker_ops::cpu

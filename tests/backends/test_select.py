@@ -10,6 +10,7 @@ import torch
 import tucker_ops
 from tucker_ops.backends import native, select
 from tucker_ops.backends.base import Verdict
+from tucker_ops.backends.cpu import CPU
 from tucker_ops.errors import BackendError
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 
@@ -61,11 +62,10 @@ def test_unpreferred_problems_go_to_the_reference():
     """The kinds of problem on which the one-pass kernel measured slower than three convolutions."""
     if not native.load() or native.isa() != "avx2":
         pytest.skip("the choice rests on measurements with the avx2 kernels, which are not in use here")
-    deep = TuckerConv3d(320, 320, 3, (160, 160), padding=1).problem((1, 320, 4, 4, 4))
-    slices = TuckerConv2d(32, 32, 3, (16, 16)).problem((1, 32, 256, 256), layout="channels_last")
+    tiny_slices = TuckerConv2d(256, 512, 3, (256, 512), padding=1).problem((1, 256, 4, 4))
+    wide_kernel = TuckerConv3d(320, 160, 5, (80, 40), padding=2).problem((1, 320, 4, 4, 4))
     pointwise = TuckerConv3d(256, 256, 1, (128, 128)).problem((1, 256, 8, 8, 8))
-    wide = TuckerConv2d(256, 256, 3, (128, 128), padding=12, dilation=12).problem((1, 256, 32, 32))
-    for problem in (deep, slices, pointwise, wide):
+    for problem in (tiny_slices, wide_kernel, pointwise):
         assert tucker_ops.explain(problem).chosen == "reference"
         assert tucker_ops.explain(replace(problem, dtype=torch.bfloat16)).chosen == "cpu"
     assert tucker_ops.explain(PROBLEM).chosen == "cpu"
@@ -78,6 +78,45 @@ def test_an_instruction_set_that_was_not_timed_is_not_chosen(monkeypatch):
     explanation = tucker_ops.explain(PROBLEM)
     assert explanation.chosen == "reference"
     assert "not with baseline" in explanation.verdicts["cpu"].reason
+
+
+def test_on_avx512_only_what_saves_most_of_the_arithmetic_is_chosen(monkeypatch):
+    monkeypatch.setattr(native, "isa", lambda: "avx512")
+    for m, size, dtype, chosen in (
+        (4, 64, torch.float32, True),
+        (4, 8, torch.float32, False),
+        (2, 64, torch.float32, False),
+        (0, 64, torch.float32, False),
+        (4, 64, torch.bfloat16, False),
+    ):
+        monkeypatch.setattr(native, "tiles", lambda problem, m=m: (m, 4, 64))
+        problem = replace(MODULE.problem((1, 32, size, size, size)), dtype=dtype)
+        verdict = CPU.prefers(problem)
+        assert verdict.ok is chosen and verdict.reason
+
+
+def test_explain_says_how():
+    if not native.load():
+        pytest.skip(native.load().reason)
+    assert "core, tiles of" in tucker_ops.explain(PROBLEM, backend="cpu").how
+    assert "Winograd F(4×4, 3×3)" in str(tucker_ops.explain(PROBLEM, backend="cpu"))
+    strided = replace(PROBLEM, stride=(2, 2, 2))
+    assert "direct core" in tucker_ops.explain(strided, backend="cpu").how
+    assert tucker_ops.explain(PROBLEM, backend="reference").how
+
+
+def test_an_unknown_core_is_refused(monkeypatch):
+    if not native.load():
+        pytest.skip(native.load().reason)
+    monkeypatch.setenv(native.CORE_VARIABLE, "fft")
+    assert "fft" in tucker_ops.explain(PROBLEM).verdicts["cpu"].reason
+    with pytest.raises(BackendError, match="fft"):
+        tucker_ops.explain(PROBLEM, backend="cpu")
+    with pytest.raises(BackendError, match="fft"):
+        native.tiles(PROBLEM)
+    operands = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2), torch.zeros(1, 1, 3, 3), torch.zeros(2, 1), None
+    with pytest.raises(RuntimeError, match="TUCKER_CPU_CORE=fft is not known"):
+        torch.ops.tucker_ops._tucker_conv_cpu(*operands, [1, 1], [0, 0], [1, 1])
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):

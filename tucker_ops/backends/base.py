@@ -27,7 +27,8 @@ class Backend:
 
     available: can it run on this machine at all? supports: can it run this problem? prefers: does it
     measure at least as fast as the reference on this kind of problem? run: computes it; called only
-    where available and supports say yes, with geometry as one integer per axis.
+    where available and supports say yes, with geometry as one integer per axis. describe: how `run` would go
+    about a problem it supports, for `explain`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Backend:
     supports: Callable[[Problem], Verdict]
     prefers: Callable[[Problem], Verdict]
     run: Callable[..., Tensor]
+    describe: Callable[[Problem], str]
 
     def can_run(self, problem: Problem) -> Verdict:
         """`supports` on a machine where the backend is available; else why it is not."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import torch
 
@@ -13,11 +14,10 @@ from tucker_ops.types import Problem
 MOST_RING_BYTES = 64 * 2**20
 
 # Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
-FEW_VOXELS = 128
-LARGE_CORE = 400_000
+FEW_VOXELS, LARGE_CORE = 256, 300_000
 MANY_CHANNELS = 256
-FEW_TAPS, MANY_VOXELS = 9, 8192
-WIDE_HALO = 0.5
+# Outputs over which reading and packing the weights anew would not matter.
+MANY_VOXELS = 4096
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -41,50 +41,63 @@ def _supports(problem: Problem) -> Verdict:
             False,
             f"{native.ISA_VARIABLE}={native.isa()} cannot run on this processor, which has {native.isas()}",
         )
+    core = os.environ.get(native.CORE_VARIABLE)
+    if core and core not in native.CORES:
+        return Verdict(False, f"{native.CORE_VARIABLE}={core} is not one of {native.CORES}")
     return Verdict(True, "float32 or bfloat16 on the CPU")
 
 
 def _prefers(problem: Problem) -> Verdict:
     # What `python -m bench.survey` measured against three torch convolutions on a processor with AVX2.
-    if native.isa() != "avx2":
-        return Verdict(
-            False, f"timed against three torch convolutions with avx2 only, not with {native.isa()}"
-        )
+    isa = native.isa()
+    if isa == "avx512" and problem.dtype == torch.float32:
+        return _prefers_untimed(problem)
+    if isa != "avx2":
+        return Verdict(False, f"timed against three torch convolutions with avx2 only, not with {isa}")
     if problem.dtype == torch.bfloat16:
         return Verdict(
             True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)"
         )
     voxels = problem.batch * math.prod(problem.output_size)
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
-    taps = math.prod(problem.kernel_size)
-    channels_last = problem.layout == "channels_last"
-    if not channels_last and voxels <= FEW_VOXELS and weights >= LARGE_CORE:
+    wide = max(problem.kernel_size) > 3 or problem.ndim == 2
+    if wide and voxels <= FEW_VOXELS and weights >= LARGE_CORE:
         return Verdict(
             False,
             f"a core of {weights:,} weights for {voxels} output voxels (limits {LARGE_CORE:,} and {FEW_VOXELS}): "
-            "packing it takes longer than what it saves",
+            "too few to share out among threads, or most taps lie outside",
         )
-    if not channels_last and taps == 1 and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS:
+    if (
+        problem.layout != "channels_last"
+        and math.prod(problem.kernel_size) == math.prod(problem.stride) == 1
+        and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS
+    ):
         return Verdict(
             False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
         )
-    halo = [
-        d * (k - 1) / n
-        for d, k, n in zip(problem.dilation, problem.kernel_size, problem.input_size, strict=True)
-        if d > 1
-    ]
-    if problem.ndim == 2 and max(halo, default=0) >= WIDE_HALO:
-        return Verdict(
-            False,
-            f"dilation {problem.dilation} on input {problem.input_size}: the halo is as large as the tile, "
-            "so the plane is not shared out among threads",
-        )
-    if channels_last and taps <= FEW_TAPS and voxels >= MANY_VOXELS:
-        return Verdict(
-            False,
-            f"{taps} taps, {voxels:,} voxels, channels-last: torch's convolutions measure as fast or faster",
-        )
     return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
+
+
+def _prefers_untimed(problem: Problem) -> Verdict:
+    """On AVX-512, where the kernel has not been timed: only what saves most of the arithmetic."""
+    m, _, _ = native.tiles(problem)
+    voxels = problem.batch * math.prod(problem.output_size)
+    if m == 4 and voxels >= MANY_VOXELS:
+        return Verdict(
+            True,
+            "Winograd needs a quarter of the multiplications of torch's core convolution; not timed on AVX-512 yet",
+        )
+    return Verdict(
+        False,
+        "not timed on AVX-512 yet; taken there in float32 only where Winograd F(4×4, 3×3) applies, "
+        f"from {MANY_VOXELS} output voxels on",
+    )
+
+
+def _describe(problem: Problem) -> str:
+    winograd, rows, cols = native.tiles(problem)
+    core = f"Winograd F({winograd}×{winograd}, 3×3)" if winograd else "direct"
+    return f"{native.isa()} kernels, {core} core, tiles of {rows}×{cols} voxels"
 
 
 def _run(*args) -> torch.Tensor:
@@ -94,4 +107,6 @@ def _run(*args) -> torch.Tensor:
 # At import, not at first use: an exported program may call the private op before anyone calls ours.
 native.load()
 
-CPU = Backend(name="cpu", available=native.load, supports=_supports, prefers=_prefers, run=_run)
+CPU = Backend(
+    name="cpu", available=native.load, supports=_supports, prefers=_prefers, run=_run, describe=_describe
+)

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from tucker_ops.backends.base import Verdict
+from tucker_ops.errors import BackendError
+from tucker_ops.types import Problem
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = _PACKAGE / "libtucker_ops_native.so"
 STATUS = _PACKAGE / "_build_status.json"
 ISA_VARIABLE = "TUCKER_CPU_ISA"
 CORE_VARIABLE = "TUCKER_CPU_CORE"
+CORES = ("direct", "winograd2", "winograd4")
 
 
 @cache
@@ -42,6 +45,24 @@ def isas() -> tuple[str, ...]:
 def isa() -> str:
     """The CPU kernels in use: the best, or what the variable TUCKER_CPU_ISA names."""
     return os.environ.get(ISA_VARIABLE) or isas()[0]
+
+
+def tiles(problem: Problem) -> tuple[int, int, int]:
+    """How the CPU kernel cuts `problem` up: m of Winograd's F(m×m, 3×3) or 0, and rows and columns of a tile."""
+
+    def three(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+        return (fill,) * (3 - len(values)) + tuple(values)
+
+    numbers = [problem.batch, problem.in_channels, problem.rank_in, problem.rank_out, problem.out_channels]
+    for values in (problem.input_size, problem.output_size, problem.kernel_size, problem.stride):
+        numbers += three(values, 1)
+    numbers += [*three(problem.padding, 0), *three(problem.dilation, 1), problem.layout == "channels_last"]
+    result = (ctypes.c_int64 * 3)()
+    done = ctypes.CDLL(str(LIBRARY)).tucker_ops_cpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), result)
+    if not done:
+        core = os.environ.get(CORE_VARIABLE)
+        raise BackendError(f"{ISA_VARIABLE}={isa()} cannot run here, or {CORE_VARIABLE}={core} is not known")
+    return tuple(result)
 
 
 def build_status() -> dict[str, str]:

@@ -24,14 +24,15 @@ ORDER: tuple[Backend, ...] = (CPU, REFERENCE)
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a problem, and what each of the others said."""
+    """Which backend runs a problem and how, and what each of the others said."""
 
     problem: Problem
     chosen: str
+    how: str
     verdicts: dict[str, Verdict]
 
     def __str__(self) -> str:
-        lines = [f"{self.chosen} runs {describe(self.problem)}"]
+        lines = [f"{self.chosen} runs {describe(self.problem)}: {self.how}"]
         for name, verdict in self.verdicts.items():
             lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no ':<4} {verdict.reason}")
         return "\n".join(lines)
@@ -89,7 +90,7 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
             verdicts[candidate.name] = Verdict(True, "asked for by name")
         else:
             verdicts[candidate.name] = _verdict(candidate, problem)
-    return Explanation(problem, chosen.name, verdicts)
+    return Explanation(problem, chosen.name, chosen.describe(problem), verdicts)
 
 
 def choose(problem: Problem, name: str | None = None) -> Backend:
