@@ -59,7 +59,12 @@ PYBIND11_MODULE(_host, m) {
         info["build_type"] = TUCKER_BUILD_TYPE;
         info["cxx_standard"] = static_cast<long>(__cplusplus);
 #if defined(__x86_64__)
-        info["cpu_kernels"] = py::make_tuple("avx512", "avx2", "baseline", "wide");
+        py::list kernels;
+#if defined(TUCKER_AVX512_BF16)
+        kernels.append("avx512_bf16");
+#endif
+        for (const char* name : {"avx512", "avx2", "baseline", "wide", "wide_bf16"}) kernels.append(name);
+        info["cpu_kernels"] = py::tuple(kernels);
 #else
         info["cpu_kernels"] = py::make_tuple("baseline");
 #endif

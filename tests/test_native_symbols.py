@@ -18,7 +18,7 @@ FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "avx512_bf16": ["-mavx512f", "-mavx512bf16"],
 }
-KERNELS = ("avx2", "avx512", "baseline", "wide")
+KERNELS = ("avx2", "avx512", "avx512_bf16", "baseline", "wide", "wide_bf16")
 LOOPS = ("avx2", "avx512", "avx512_bf16", "baseline")
 
 

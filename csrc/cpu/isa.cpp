@@ -12,13 +12,18 @@ std::vector<const Kernels*> detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+#if defined(TUCKER_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+#endif
     found.push_back(&kernels_avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_baseline);
 #if defined(__x86_64__)
   found.push_back(&kernels_wide);
+  found.push_back(&kernels_wide_bf16);
 #endif
   return found;
 }

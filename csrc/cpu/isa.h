@@ -15,7 +15,7 @@ extern "C" {
 __attribute__((visibility("default"))) const char* tucker_ops_cpu_isas();
 
 // How a call would be computed. numbers: batch, C_in, R_in, R_out, C_out; per axis in, out, kernel, stride, padding,
-// dilation (depth 1 in 2D); 1 if channels-last. result: Winograd's m or 0, rows and columns of a tile. Returns 0, and
+// dilation (depth 1 in 2D); 1 if channels-last; 1 if bfloat16. result: Winograd's m or 0, rows and columns of a tile. Returns 0, and
 // writes nothing, where TUCKER_CPU_ISA cannot run or TUCKER_CPU_CORE is not known.
 __attribute__((visibility("default"))) int tucker_ops_cpu_tiles(const int64_t* numbers, int64_t* result);
 }

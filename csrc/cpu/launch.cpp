@@ -61,10 +61,12 @@ Strides strides_of(const Tensor& tensor, int64_t ndim) {
   return s;
 }
 
-Tiles tiles_of_call(const Geometry& g, const Layouts& layouts, int64_t lanes, std::optional<int64_t> winograd) {
+Units units_of(const Kernels& kernels, bool bfloat16) { return {kernels.lanes, bfloat16 && kernels.pairs ? 2 : 1}; }
+
+Tiles tiles_of_call(const Geometry& g, const Layouts& layouts, const Units& u, std::optional<int64_t> winograd) {
   const int64_t threads = torch::stable::get_num_threads();
-  const std::optional<Tiles> tiles = choose_tiles(g, layouts, lanes, winograd, threads);
-  return tiles ? *tiles : *choose_tiles(g, layouts, lanes, std::nullopt, threads);
+  const std::optional<Tiles> tiles = choose_tiles(g, layouts, u, winograd, threads);
+  return tiles ? *tiles : *choose_tiles(g, layouts, u, std::nullopt, threads);
 }
 
 // A fresh tensor of this size comes page by page from the kernel, which can take as long as computing it. From
@@ -144,17 +146,17 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   const char* isa = std::getenv("TUCKER_CPU_ISA");
   const Kernels* kernels = select_kernels(isa);
   STD_TORCH_CHECK(kernels, "TUCKER_CPU_ISA=", isa, " cannot run on this processor; it has ", tucker_ops_cpu_isas());
-  const int64_t lanes = kernels->lanes;
+  const Units units = units_of(*kernels, dtype == ScalarType::BFloat16);
 
   const Strides y_strides = strides_of(output, ndim);
   const Layouts layouts{x_strides.channel == 1, y_strides.channel == 1};
   std::optional<int64_t> winograd;
   STD_TORCH_CHECK(read_core(winograd), "TUCKER_CPU_CORE=", std::getenv("TUCKER_CPU_CORE"),
                   " is not known; leave it unset, or set direct, winograd2 or winograd4");
-  const Tiles tiles = tiles_of_call(g, layouts, lanes, winograd);
+  const Tiles tiles = tiles_of_call(g, layouts, units, winograd);
   const std::optional<WeightView> bias_view = bias ? std::optional(view_of(*bias)) : std::nullopt;
   const Weights weights{view_of(u_in), view_of(core), view_of(u_out), bias_view ? &*bias_view : nullptr};
-  const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, lanes, tiles.winograd);
+  const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, units, tiles.winograd);
   STD_TORCH_CHECK(packed, "tucker_ops::_tucker_conv_cpu: no memory for packed weights");
 
   OnePass pass{};
@@ -169,15 +171,15 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   pass.u_out = packed->u_out.get();
   pass.bias = packed->bias.get();
 
-  const int64_t units = g.batch * pass.tiles.row_tiles * pass.tiles.col_tiles * g.out[0];
+  const int64_t planes = g.batch * pass.tiles.row_tiles * pass.tiles.col_tiles * g.out[0];
   const int64_t macs_per_voxel = g.rank_in * g.rank_out * g.kernel[0] * g.kernel[1] * g.kernel[2] +
                                  g.rank_out * g.out_channels + g.rank_in * g.in_channels;
   const int64_t grain = std::max<int64_t>(
       1, kMinMacsPerThread / std::max<int64_t>(1, macs_per_voxel * pass.tiles.rows * pass.tiles.cols));
   const auto run = dtype == ScalarType::Float ? kernels->float32 : kernels->bfloat16;
-  const int64_t scratch_size = scratch_of(g, pass.tiles, lanes).total;
+  const int64_t scratch_size = scratch_of(g, pass.tiles, units).total;
   std::atomic<bool> out_of_memory{false};
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, planes, grain, [&](int64_t begin, int64_t end) {
     const Floats scratch = allocate(scratch_size);
     if (scratch) {
       run(pass, begin, end, scratch.get());
@@ -203,7 +205,7 @@ extern "C" __attribute__((visibility("default"))) int tucker_ops_cpu_tiles(const
   const Kernels* kernels = select_kernels(std::getenv("TUCKER_CPU_ISA"));
   std::optional<int64_t> winograd;
   if (!kernels || !read_core(winograd)) return 0;
-  const Tiles tiles = tiles_of_call(g, {numbers[0] != 0, numbers[0] != 0}, kernels->lanes, winograd);
+  const Tiles tiles = tiles_of_call(g, {numbers[0] != 0, numbers[0] != 0}, units_of(*kernels, numbers[1] != 0), winograd);
   result[0] = tiles.winograd;
   result[1] = tiles.rows;
   result[2] = tiles.cols;

@@ -19,9 +19,10 @@ struct Tiles {
   int64_t row_tiles, col_tiles;  // tiles that cover the output plane
 };
 
-// Weights are float32, packed by weights.cpp: blocks of 2·lanes output channels (the last one may be of
-// 1·lanes), each [reduction][channels of the block], zero-filled. The core's reduction runs over taps, then
-// input ranks; with Winograd there is one such core per point, its taps those along depth.
+// Weights are packed by weights.cpp: blocks of 2·lanes output channels (the last one may be of 1·lanes), each
+// [reduction][channels of the block], zero-filled. The reduction runs over units of channels: float32 values, or pairs
+// of bfloat16 for kernels that multiply those. The core's runs over taps, then units of input ranks; with Winograd
+// there is one such core per point, always in float32, its taps those along depth.
 struct OnePass {
   Geometry g;
   Tiles tiles;
@@ -39,6 +40,12 @@ struct Kernels {
   const char* name;
   int64_t lanes;  // float32 values in a vector
   Run float32, bfloat16;
+  bool pairs;  // bfloat16 is multiplied in pairs of channels; else it is widened to float32
+};
+
+// Vectors of a call: lanes, and channels in a unit (see OnePass).
+struct Units {
+  int64_t lanes, channels;
 };
 
 // static: a copy of these compiled with wider instructions must stay in its object file.
@@ -60,11 +67,11 @@ struct Scratch {
   int64_t plane, products, z, line, tags, total;
 };
 
-static inline Scratch scratch_of(const Geometry& g, const Tiles& t, int64_t lanes) {
+static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units& u) {
+  const int64_t lanes = u.lanes;
   const int64_t in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
   Scratch s{};
-  s.in_plane = t.rows_in * t.cols_in * in_ranks;
-  s.slot = s.in_plane;
+  s.in_plane = t.rows_in * t.cols_in * in_ranks / (t.winograd ? 1 : u.channels);
   int64_t rows = t.rows, cols = t.cols;
   if (t.winograd) {
     const int64_t down = ceil_div(rows, t.winograd), across = ceil_div(cols, t.winograd);
@@ -79,9 +86,10 @@ static inline Scratch scratch_of(const Geometry& g, const Tiles& t, int64_t lane
     rows = down * t.winograd;
     cols = across * t.winograd;
   } else {
+    s.slot = ceil_div(s.in_plane, lanes) * lanes;
     s.z = t.slots * s.slot;
   }
-  s.line = s.z + rows * cols * out_ranks;
+  s.line = s.z + ceil_div(rows * cols * out_ranks / u.channels, lanes) * lanes;
   const int64_t widest = g.in_channels > g.out_channels ? g.in_channels : g.out_channels;
   s.tags = s.line + ceil_div(widest, lanes) * lanes * (kColumns + 16);
   s.total = s.tags + 2 * t.slots;
@@ -89,7 +97,7 @@ static inline Scratch scratch_of(const Geometry& g, const Tiles& t, int64_t lane
 }
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx512, kernels_avx2, kernels_wide;
+extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2, kernels_wide, kernels_wide_bf16;
 #endif
 extern const Kernels kernels_baseline;
 

@@ -17,7 +17,8 @@
 namespace tucker_ops::cpu {
 namespace {
 
-template <class T>
+// T: dtype of input and output. U: unit in which channels are multiplied.
+template <class T, class U>
 struct Worker {
   const OnePass& p;
   const Geometry& g;
@@ -33,22 +34,23 @@ struct Worker {
   int64_t ahead_depth = 0, ahead_plane = 0, ahead_planes = 0;  // see fetch_ahead
 
   const int64_t in_groups, out_groups;
-  const int64_t group_stride, row_stride;  // of a plane of the first stage's output, in floats
-  const int64_t z_cols, z_row;             // of the plane of the second stage's output
+  const int64_t in_units, rank_in_units, rank_out_units;
+  const int64_t z_cols, z_row;  // columns, and units in a row, of the plane of the second stage's output
 
   Worker(const OnePass& pass, float* memory)
       : p(pass),
         g(pass.g),
         tiles(pass.tiles),
-        at(scratch_of(g, tiles, LANES)),
+        at(scratch_of(g, tiles, {LANES, kChannels<U>})),
         scratch(memory),
         tags(reinterpret_cast<int64_t*>(scratch + at.tags)),
         in_groups(ceil_div(g.rank_in, LANES)),
         out_groups(ceil_div(g.rank_out, LANES)),
-        group_stride(tiles.cols_in * LANES),
-        row_stride(in_groups * group_stride),
+        in_units(ceil_div(g.in_channels, kChannels<U>)),
+        rank_in_units(ceil_div(g.rank_in, kChannels<U>)),
+        rank_out_units(ceil_div(g.rank_out, kChannels<U>)),
         z_cols(tiles.winograd ? ceil_div(tiles.cols, tiles.winograd) * tiles.winograd : tiles.cols),
-        z_row(out_groups * z_cols * LANES) {}
+        z_row(out_groups * z_cols * kUnits<U>) {}
 
   void select_tile(int64_t index) {
     col0 = index % tiles.col_tiles * tiles.cols;
@@ -81,7 +83,7 @@ struct Worker {
       tags[slot] = d;
       float* ring = scratch + slot * at.slot;
       if (!tiles.winograd) {
-        reduce_plane(d, ring);
+        reduce_plane(d, reinterpret_cast<U*>(ring));
         continue;
       }
       reduce_plane(d, scratch + at.plane);
@@ -99,12 +101,23 @@ struct Worker {
     expand_plane(depth);
   }
 
+  // Units between groups and rows of a plane of the first stage's output, which is stored as S.
+  template <class S>
+  int64_t group_stride() const {
+    return tiles.cols_in * kUnits<S>;
+  }
+  template <class S>
+  int64_t row_stride() const {
+    return in_groups * group_stride<S>();
+  }
+
   // First stage: one input plane, u_in · x, zero outside the volume and where no output needs it.
-  void reduce_plane(int64_t d, float* out) {
+  template <class S>
+  void reduce_plane(int64_t d, S* out) {
     const int64_t rows_needed = reach(1, rows), cols_needed = reach(2, cols);
     const int64_t h0 = row0 * g.stride[1] - g.padding[1], w0 = col0 * g.stride[2] - g.padding[2];
     const int64_t begin = clamp(-w0, 0, cols_needed), end = clamp(g.in[2] - w0, begin, cols_needed);
-    for (int64_t row = 0; row < rows_read; ++row, out += row_stride) {
+    for (int64_t row = 0; row < rows_read; ++row, out += row_stride<S>()) {
       if (!row_is_read(row)) continue;
       const int64_t h = h0 + row;
       const bool inside = row < rows_needed && h >= 0 && h < g.in[1];
@@ -117,58 +130,77 @@ struct Worker {
     }
   }
 
-  void reduce_row(const T* x, float* out, int64_t begin, int64_t end) {
+  template <class S>
+  void reduce_row(const T* x, S* out, int64_t begin, int64_t end) {
     const int64_t space = p.x_strides.space[2];
     for (int64_t col = begin; col < end; col += kColumns) {
       const int64_t count = end - col < kColumns ? end - col : kColumns;
       int64_t lda, step;
-      const float* a = read_columns(x + col * space, count, lda, step);
+      const U* a = read_columns(x + col * space, count, lda, step);
       if (lda == 1) {
-        reduce_columns<1>(a, lda, step, count, out + col * LANES);
+        reduce_columns<1>(a, lda, step, count, out + col * kUnits<S>);
       } else {
-        reduce_columns<0>(a, lda, step, count, out + col * LANES);
+        reduce_columns<0>(a, lda, step, count, out + col * kUnits<S>);
       }
     }
   }
 
-  // Voxels as float32: in place if channels lie together, else copied, since a copy reads each cache line
-  // once and all channels of a plane may compete for the same few sets of the cache.
-  const float* read_columns(const T* x, int64_t count, int64_t& lda, int64_t& step) {
+  // Voxels in units: in place where channels lie together as units, else copied. A copy reads each cache line
+  // once; read in place, channels that lie apart may all compete for the same few sets of the cache.
+  const U* read_columns(const T* x, int64_t count, int64_t& lda, int64_t& step) {
     const int64_t space = p.x_strides.space[2], channel = p.x_strides.channel;
-    float* line = scratch + at.line;
+    U* line = reinterpret_cast<U*>(scratch + at.line);
     if (channel == 1) {
-      lda = space;
       step = 1;
-      if constexpr (sizeof(T) == sizeof(float)) return reinterpret_cast<const float*>(x);
-      lda = g.in_channels;
-      for (int64_t j = 0; j < count; ++j) widen(x + j * space, g.in_channels, line + j * lda);
+      if (sizeof(T) * kChannels<U> == sizeof(U) && g.in_channels % kChannels<U> == 0 && space % kChannels<U> == 0) {
+        lda = space / kChannels<U>;
+        return reinterpret_cast<const U*>(x);
+      }
+      lda = in_units;
+      for (int64_t j = 0; j < count; ++j) gather(x + j * space, line + j * lda);
       return line;
     }
     lda = 1;
     step = kColumns + 16;
-    for (int64_t c = 0; c < g.in_channels; ++c, x += channel) {
-      if (space == 1) {
-        widen(x, count, line + c * step);
-      } else {
-        for (int64_t j = 0; j < count; ++j) line[c * step + j] = to_float(x[j * space]);
-      }
+    for (int64_t k = 0; k < in_units; ++k, line += step) {
+      const T* from = x + k * kChannels<U> * channel;
+      const bool alone = (k + 1) * kChannels<U> > g.in_channels;
+      interleave(from, alone ? nullptr : from + channel, space, count, line);
     }
-    return line;
+    return reinterpret_cast<U*>(scratch + at.line);
   }
 
-  template <int LDA>
-  void reduce_columns(const float* a, int64_t lda, int64_t step, int64_t count, float* out) {
+  // All channels of one voxel.
+  void gather(const T* x, float* out) const { widen(x, g.in_channels, out); }
+  void gather(const bfloat16* x, Pair* out) const {
+    out[in_units - 1].bits = 0;
+    __builtin_memcpy(out, x, g.in_channels * sizeof(bfloat16));
+  }
+
+  // One unit of channels, `space` apart: the second channel is null where there is none.
+  static TUCKER_INLINE void interleave(const T* x, const T*, int64_t space, int64_t count, float* out) {
+    if (space == 1) return widen(x, count, out);
+    for (int64_t j = 0; j < count; ++j) out[j] = to_float(x[j * space]);
+  }
+  static TUCKER_INLINE void interleave(const bfloat16* first, const bfloat16* second, int64_t space, int64_t count,
+                                       Pair* out) {
+    for (int64_t j = 0; j < count; ++j)
+      out[j].bits = first[j * space].bits | (second ? static_cast<uint32_t>(second[j * space].bits) << 16 : 0);
+  }
+
+  template <int LDA, class S>
+  void reduce_columns(const U* a, int64_t lda, int64_t step, int64_t count, S* out) {
+    const int64_t group_step = group_stride<S>();
     channel_blocks(g.rank_in, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
-      const float* w = p.u_in + c * g.in_channels;
-      float* group = out + c / LANES * group_stride;
+      const float* w = p.u_in + c * in_units;
+      S* group = out + c / LANES * group_step;
       voxel_blocks<NV>(0, count, [&](auto mr, int64_t col) {
         constexpr int MR = decltype(mr)::value;
         Vec acc[MR][NV] = {};
-        accumulate<MR, NV, LDA>(acc, a + col * lda, lda, step, g.in_channels, w);
+        accumulate<MR, NV, LDA>(acc, a + col * lda, lda, step, in_units, w);
         for (int v = 0; v < NV; ++v)
-          for (int j = 0; j < MR; ++j)
-            *reinterpret_cast<Vec*>(group + v * group_stride + (col + j) * LANES) = acc[j][v];
+          for (int j = 0; j < MR; ++j) store(group + v * group_step + (col + j) * kUnits<S>, acc[j][v]);
       });
     });
   }
@@ -176,47 +208,46 @@ struct Worker {
   // Second stage, directly: one output plane of the tile, core ∗ t.
   void convolve_plane(int64_t depth) {
     switch (g.stride[2]) {
-      case 1: return convolve_rows<LANES>(depth);
-      case 2: return convolve_rows<2 * LANES>(depth);
+      case 1: return convolve_rows<kUnits<U>>(depth);
+      case 2: return convolve_rows<2 * kUnits<U>>(depth);
       default: return convolve_rows<0>(depth);
     }
   }
 
   template <int LDA>
   void convolve_rows(int64_t depth) {
-    const int64_t lda = g.stride[2] * LANES;
+    const int64_t lda = g.stride[2] * kUnits<U>;
     const int64_t plane_taps = g.kernel[1] * g.kernel[2];
     channel_blocks(g.rank_out, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
-      const float* w0 = p.core + c * g.kernel[0] * plane_taps * g.rank_in;
+      const float* w0 = p.core + c * g.kernel[0] * plane_taps * rank_in_units;
       for (int64_t row = 0; row < rows; ++row) {
         if (c == 0) fetch_ahead(row, rows);
-        float* out = scratch + at.z + row * z_row + c * z_cols;
+        U* out = z_plane() + row * z_row + c / LANES * z_cols * kUnits<U>;
         voxel_blocks<NV>(0, cols, [&](auto mr, int64_t col) {
           constexpr int MR = decltype(mr)::value;
           Vec acc[MR][NV] = {};
           const float* w = w0;
-          for (int64_t k = 0; k < g.kernel[0]; ++k, w += plane_taps * g.rank_in * NV * LANES) {
+          for (int64_t k = 0; k < g.kernel[0]; ++k, w += plane_taps * rank_in_units * NV * LANES) {
             const int64_t d = depth_of(depth, k);
             if (d < 0 || d >= g.in[0]) continue;
-            const float* t = scratch + d % tiles.slots * at.slot + row * g.stride[1] * row_stride +
-                             col * g.stride[2] * LANES;
+            const U* t = reinterpret_cast<const U*>(scratch + d % tiles.slots * at.slot) +
+                         row * g.stride[1] * row_stride<U>() + col * lda;
             convolve_taps<MR, NV, LDA>(acc, t, lda, w);
           }
           for (int v = 0; v < NV; ++v)
-            for (int j = 0; j < MR; ++j)
-              *reinterpret_cast<Vec*>(out + (v * z_cols + col + j) * LANES) = acc[j][v];
+            for (int j = 0; j < MR; ++j) store(out + (v * z_cols + col + j) * kUnits<U>, acc[j][v]);
         });
       }
     });
   }
 
   template <int MR, int NV, int LDA>
-  TUCKER_INLINE void convolve_taps(Vec (&acc)[MR][NV], const float* t, int64_t lda, const float* w) const {
+  TUCKER_INLINE void convolve_taps(Vec (&acc)[MR][NV], const U* t, int64_t lda, const float* w) const {
     for (int64_t kh = 0; kh < g.kernel[1]; ++kh) {
       for (int64_t kw = 0; kw < g.kernel[2]; ++kw) {
-        const float* a = t + kh * g.dilation[1] * row_stride + kw * g.dilation[2] * LANES;
-        w = accumulate_groups<MR, NV, LDA>(acc, a, lda, group_stride, g.rank_in, w);
+        const U* a = t + kh * g.dilation[1] * row_stride<U>() + kw * g.dilation[2] * kUnits<U>;
+        w = accumulate_groups<MR, NV, LDA>(acc, a, lda, group_stride<U>(), rank_in_units, w);
       }
     }
   }
@@ -228,8 +259,8 @@ struct Worker {
     for (int64_t i = 0; i < down; ++i)
       for (int64_t group = 0; group < in_groups; ++group)
         for (int64_t j = 0; j < across; ++j)
-          transform_input<M>(plane + i * M * row_stride + group * group_stride + j * M * LANES, row_stride,
-                             ring + ((group * down + i) * across + j) * LANES, at.point_in);
+          transform_input<M>(plane + i * M * row_stride<float>() + group * group_stride<float>() + j * M * LANES,
+                             row_stride<float>(), ring + ((group * down + i) * across + j) * LANES, at.point_in);
   }
 
   // … and per point a product over taps along depth and input ranks, then back to voxels.
@@ -263,7 +294,7 @@ struct Worker {
       for (int64_t group = 0; group < out_groups; ++group)
         for (int64_t j = 0; j < across; ++j)
           transform_output<M>(products + ((group * down + i) * across + j) * LANES, at.point_out,
-                              scratch + at.z + i * M * z_row + (group * z_cols + j * M) * LANES, z_row);
+                              z_plane() + i * M * z_row + (group * z_cols + j * M) * kUnits<U>, z_row);
   }
 
   // Third stage: u_out · z + bias, to memory.
@@ -274,7 +305,7 @@ struct Worker {
     for (int64_t row = 0; row < rows; ++row, y += s.space[1]) {
       for (int64_t col = 0; col < cols; col += kColumns) {
         const int64_t count = cols - col < kColumns ? cols - col : kColumns;
-        const float* z = scratch + at.z + row * z_row + col * LANES;
+        const U* z = z_plane() + row * z_row + col * kUnits<U>;
         if (s.channel == 1) {
           expand_columns(z, count, y + col * s.space[2], s.space[2], 1);
         } else {
@@ -287,11 +318,11 @@ struct Worker {
 
   // Column j of channel c, a multiple of LANES, goes to out + j · column + c · channel.
   template <class Out>
-  TUCKER_INLINE void expand_columns(const float* z, int64_t count, Out* out, int64_t column, int64_t channel) {
-    const int64_t out_channels = g.out_channels, rank = g.rank_out, group = z_cols * LANES;
+  TUCKER_INLINE void expand_columns(const U* z, int64_t count, Out* out, int64_t column, int64_t channel) {
+    const int64_t out_channels = g.out_channels, units = rank_out_units, group = z_cols * kUnits<U>;
     channel_blocks(out_channels, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
-      const float* const w = p.u_out + c * rank;
+      const float* const w = p.u_out + c * units;
       const Vec* const bias = reinterpret_cast<const Vec*>(p.bias + c);
       // Scratch is padded to full vectors, the user's memory is not.
       const bool whole = channel != 1 || out_channels - c >= NV * LANES;
@@ -301,7 +332,7 @@ struct Worker {
         Vec acc[MR][NV];
         for (int j = 0; j < MR; ++j)
           for (int v = 0; v < NV; ++v) acc[j][v] = bias[v];
-        accumulate_groups<MR, NV, LANES>(acc, z + col * LANES, LANES, group, rank, w);
+        accumulate_groups<MR, NV, kUnits<U>>(acc, z + col * kUnits<U>, kUnits<U>, group, units, w);
         Out* to = block + col * column;
         if (whole) {
           for (int j = 0; j < MR; ++j, to += column)
@@ -372,6 +403,8 @@ struct Worker {
     }
   }
 
+  U* z_plane() const { return reinterpret_cast<U*>(scratch + at.z); }
+
   int64_t depth_of(int64_t depth, int64_t tap) const {
     return depth * g.stride[0] - g.padding[0] + tap * g.dilation[0];
   }
@@ -390,9 +423,10 @@ struct Worker {
     return false;
   }
 
-  void zero_columns(float* row, int64_t begin, int64_t end) const {
-    for (int64_t group = 0; group < in_groups; ++group, row += group_stride)
-      __builtin_memset(row + begin * LANES, 0, (end - begin) * LANES * sizeof(float));
+  template <class S>
+  void zero_columns(S* row, int64_t begin, int64_t end) const {
+    for (int64_t group = 0; group < in_groups; ++group, row += group_stride<S>())
+      __builtin_memset(row + begin * kUnits<S>, 0, (end - begin) * kUnits<S> * sizeof(S));
   }
 
   static int64_t clamp(int64_t value, int64_t low, int64_t high) {
@@ -400,9 +434,9 @@ struct Worker {
   }
 };
 
-template <class T>
+template <class T, class U>
 void run(const OnePass& p, int64_t begin, int64_t end, float* scratch) {
-  Worker<T> worker(p, scratch);
+  Worker<T, U> worker(p, scratch);
   const int64_t depths = p.g.out[0];
   for (int64_t unit = begin; unit < end; ++unit) {
     if (unit == begin || unit % depths == 0) worker.select_tile(unit / depths);
@@ -412,6 +446,10 @@ void run(const OnePass& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float>, &run<bfloat16>};
+#if defined(TUCKER_PAIRS)
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, Pair>, true};
+#else
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, float>, false};
+#endif
 
 }  // namespace tucker_ops::cpu

@@ -55,8 +55,8 @@ Tiles tile_of(const Geometry& g, int64_t winograd, int64_t rows, int64_t cols) {
   return t;
 }
 
-int64_t bytes_of(const Geometry& g, const Tiles& t, int64_t lanes) {
-  return scratch_of(g, t, lanes).line * static_cast<int64_t>(sizeof(float));
+int64_t bytes_of(const Geometry& g, const Tiles& t, const Units& u) {
+  return scratch_of(g, t, u).line * static_cast<int64_t>(sizeof(float));
 }
 
 // Share of the peak that blocks of voxels reach, `count` voxels in all; see voxel_blocks.
@@ -70,13 +70,14 @@ double block_efficiency(int64_t count, int64_t channels, int64_t lanes) {
 // Work of a tile per output voxel, in multiply-adds: with what the halo adds to the first stage, Winograd's
 // transforms, blocks that reach over the edge or leave units idle, and a surcharge for tiles that leave the cache.
 // Input outside the volume costs nothing, and rows that no output reads are skipped.
-double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t, int64_t lanes) {
+double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t, const Units& u) {
+  const int64_t lanes = u.lanes;
   const double voxels = static_cast<double>(t.rows) * t.cols;
   const double rows_read = std::min({t.rows_in, t.rows * g.kernel[1], g.in[1]});
   const double cols_read = std::min(t.cols_in, g.in[2]);
   const double in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
-  const double reduce = rows_read * cols_read * g.stride[0] * in_ranks * g.in_channels / voxels;
-  const double expand = static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out;
+  const double reduce = rows_read * cols_read * g.stride[0] * in_ranks * g.in_channels / voxels / u.channels;
+  const double expand = static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out / u.channels;
   double core;
   if (t.winograd) {
     const int64_t m = t.winograd, blocks = ceil_div(t.rows, m) * ceil_div(t.cols, m), points = (m + 2) * (m + 2);
@@ -86,7 +87,7 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
            voxels;
   } else {
     const double taps = static_cast<double>(g.kernel[0]) * g.kernel[1] * g.kernel[2];
-    core = taps * g.rank_in * out_ranks / block_efficiency(t.cols, g.rank_out, lanes);
+    core = taps * g.rank_in * out_ranks / block_efficiency(t.cols, g.rank_out, lanes) / u.channels;
   }
   auto run = [](bool channels_last, int64_t channels) {
     return channels_last ? kRunOfVoxels : kRunOfOneChannel * channels;
@@ -95,7 +96,7 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
   const double memory = (rows_read * g.stride[0] * run(layouts.x_channels_last, g.in_channels) +
                          t.rows * run(layouts.y_channels_last, g.out_channels)) /
                         voxels * (4 * (in + out) > kInCacheBytes ? 1.0 : kRunInCache);
-  const int64_t bytes = bytes_of(g, t, lanes);
+  const int64_t bytes = bytes_of(g, t, u);
   const double surcharge = bytes <= tile_bytes() ? 1.0 : bytes <= 4 * tile_bytes() ? 1.2 : 1.5;
   return (reduce + core + expand) * surcharge + memory;
 }
@@ -106,14 +107,14 @@ struct Choice {
 };
 
 // The best tiles for one way of the second stage, where `threads` share them out.
-Choice best_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes, int64_t m, int64_t threads) {
+Choice best_tiles(const Geometry& g, const Layouts& layouts, const Units& u, int64_t m, int64_t threads) {
   const int64_t unit = std::max<int64_t>(m, 1);
   Choice best;
   auto consider = [&](int64_t rows, int64_t cols) {
     const Tiles candidate = tile_of(g, m, rows, cols);
     const int64_t units = g.batch * candidate.row_tiles * candidate.col_tiles * g.out[0];
     const double idle = static_cast<double>(ceil_div(units, threads) * threads) / units;
-    const double work = work_per_voxel(g, layouts, candidate, lanes) * idle;
+    const double work = work_per_voxel(g, layouts, candidate, u) * idle;
     if (work < best.work) best = {candidate, work};
   };
   // Among the largest tiles that fit each of a few limits, and those half as high; a wide dilation makes halos that
@@ -121,8 +122,8 @@ Choice best_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes, int6
   for (int64_t limit = tile_bytes(); limit <= kLargestOverflow * tile_bytes(); limit *= 4) {
     for (int64_t cols = g.out[2];; cols = ceil_div(ceil_div(cols, 2), unit) * unit) {
       // Bytes grow about linearly with rows, so the most that fit follow from two sizes.
-      const int64_t one = bytes_of(g, tile_of(g, m, unit, cols), lanes);
-      const int64_t step = std::max<int64_t>(1, bytes_of(g, tile_of(g, m, 2 * unit, cols), lanes) - one);
+      const int64_t one = bytes_of(g, tile_of(g, m, unit, cols), u);
+      const int64_t step = std::max<int64_t>(1, bytes_of(g, tile_of(g, m, 2 * unit, cols), u) - one);
       if (one <= limit) {
         const int64_t units = ceil_div(g.out[1], unit), most = std::min(units, 1 + (limit - one) / step);
         for (int64_t tiles : {ceil_div(units, most), 2 * ceil_div(units, most)})
@@ -137,21 +138,21 @@ Choice best_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes, int6
 
 }  // namespace
 
-std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes,
+std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, const Units& u,
                                   std::optional<int64_t> winograd, int64_t threads) {
   // Not by the number of threads: the way of the second stage decides how results are rounded.
   std::optional<int64_t> way;
   double least = std::numeric_limits<double>::infinity();
   for (int64_t m : {0, 2, 4}) {
     if ((winograd && *winograd != m) || (m && !allows_winograd(g))) continue;
-    const double work = best_tiles(g, layouts, lanes, m, 1).work;
+    const double work = best_tiles(g, layouts, u, m, 1).work;
     if (work < least) {
       least = work;
       way = m;
     }
   }
   if (!way) return std::nullopt;
-  return best_tiles(g, layouts, lanes, *way, threads).tiles;
+  return best_tiles(g, layouts, u, *way, threads).tiles;
 }
 
 }  // namespace tucker_ops::cpu

@@ -14,7 +14,7 @@ struct Layouts {
 
 // The tiles of least estimated work for `threads` that share them. `winograd` fixes the way of the second stage (see Tiles); nothing is returned
 // where the problem does not allow it.
-std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, int64_t lanes,
+std::optional<Tiles> choose_tiles(const Geometry& g, const Layouts& layouts, const Units& u,
                                   std::optional<int64_t> winograd, int64_t threads);
 
 }  // namespace tucker_ops::cpu

@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #define TUCKER_INLINE inline __attribute__((always_inline))
 
 namespace tucker_ops::cpu {
@@ -20,6 +24,19 @@ typedef uint16_t UnalignedHalves __attribute__((vector_size(2 * LANES), aligned(
 struct bfloat16 {
   uint16_t bits;
 };
+
+// Two adjacent channels in bfloat16, the first in the low half.
+struct Pair {
+  uint32_t bits;
+} __attribute__((aligned(2), may_alias));
+
+// What a stage multiplies and an intermediate is stored as: channels in one unit, and units in one vector of channels.
+template <class U>
+constexpr int kChannels = 1;
+template <>
+constexpr int kChannels<Pair> = 2;
+template <class U>
+constexpr int kUnits = LANES / kChannels<U>;
 
 template <int N>
 struct Int {
@@ -50,6 +67,8 @@ TUCKER_INLINE void store(bfloat16* p, Vec value) {
   const Bits chosen = (is_nan & quiet) | (~is_nan & rounded);
   *reinterpret_cast<UnalignedHalves*>(p) = __builtin_convertvector(chosen, Halves);
 }
+
+TUCKER_INLINE void store(Pair* p, Vec value) { store(reinterpret_cast<bfloat16*>(p), value); }
 
 // Stores the first `count` lanes, `stride` elements apart.
 template <class T>
@@ -89,33 +108,47 @@ TUCKER_INLINE void transpose(Vec (&rows)[LANES]) {
   }
 }
 
+TUCKER_INLINE Vec multiply_add(Vec sum, Vec weight, float value) { return sum + weight * value; }
+// A weight holds a pair for each output channel; products are exact, sums float32.
+TUCKER_INLINE Vec multiply_add(Vec sum, Vec weight, Pair value) {
+#if defined(__AVX512BF16__)
+  const __m512i pair = _mm512_set1_epi32(static_cast<int>(value.bits));
+  return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)pair);
+#else
+  const Bits pairs = reinterpret_cast<Bits>(weight);
+  const Vec low = reinterpret_cast<Vec>(pairs << 16), high = reinterpret_cast<Vec>(pairs & 0xffff0000u);
+  const bfloat16 first{static_cast<uint16_t>(value.bits)}, second{static_cast<uint16_t>(value.bits >> 16)};
+  return sum + low * to_float(first) + high * to_float(second);
+#endif
+}
+
 // acc[j] += sum over k < n of a[j·LDA + k·step] · w[k]; LDA = 0 takes `lda` instead, N = 0 takes `n`.
-template <int MR, int NV, int LDA, int N = 0>
-TUCKER_INLINE void accumulate(Vec (&acc)[MR][NV], const float* a, int64_t lda, int64_t step, int64_t n,
-                              const float* w) {
+template <int MR, int NV, int LDA, int N = 0, class U>
+TUCKER_INLINE void accumulate(Vec (&acc)[MR][NV], const U* a, int64_t lda, int64_t step, int64_t n, const float* w) {
   const int64_t ld = LDA ? LDA : lda;
   const int64_t count = N ? N : n;
   for (int64_t k = 0; k < count; ++k) {
     Vec weight[NV];
     for (int v = 0; v < NV; ++v) weight[v] = reinterpret_cast<const Vec*>(w)[v];
     for (int j = 0; j < MR; ++j) {
-      const float value = a[j * ld];
-      for (int v = 0; v < NV; ++v) acc[j][v] += weight[v] * value;
+      const U value = a[j * ld];
+      for (int v = 0; v < NV; ++v) acc[j][v] = multiply_add(acc[j][v], weight[v], value);
     }
     a += step;
     w += NV * LANES;
   }
 }
 
-// The same over `rank` channels that lie in groups of LANES; returns the weights after those used.
-template <int MR, int NV, int LDA>
-TUCKER_INLINE const float* accumulate_groups(Vec (&acc)[MR][NV], const float* a, int64_t lda, int64_t group_stride,
-                                             int64_t rank, const float* w) {
-  int64_t r = 0;
-  for (; r + LANES <= rank; r += LANES, a += group_stride, w += LANES * NV * LANES)
-    accumulate<MR, NV, LDA, LANES>(acc, a, lda, 1, LANES, w);
-  if (r < rank) accumulate<MR, NV, LDA>(acc, a, lda, 1, rank - r, w);
-  return w + (rank - r) * NV * LANES;
+// The same over `n` units of channels that lie in groups of LANES channels; returns the weights after those used.
+template <int MR, int NV, int LDA, class U>
+TUCKER_INLINE const float* accumulate_groups(Vec (&acc)[MR][NV], const U* a, int64_t lda, int64_t group_stride,
+                                             int64_t n, const float* w) {
+  constexpr int units = kUnits<U>;
+  int64_t k = 0;
+  for (; k + units <= n; k += units, a += group_stride, w += units * NV * LANES)
+    accumulate<MR, NV, LDA, units>(acc, a, lda, 1, units, w);
+  if (k < n) accumulate<MR, NV, LDA>(acc, a, lda, 1, n - k, w);
+  return w + (n - k) * NV * LANES;
 }
 
 // Calls f(Int<MR>, start) for blocks of about equal size that cover [begin, end). The accumulators of a

@@ -9,8 +9,6 @@
 #include <mutex>
 #include <optional>
 
-#include "one_pass.h"
-
 namespace tucker_ops::cpu {
 namespace {
 
@@ -46,17 +44,38 @@ int64_t bytes_of(const WeightView& weight) {
   return bytes;
 }
 
-// Offsets of the values over which an output channel is summed: the axes given, the last one fastest.
-std::vector<int64_t> reduction_offsets(const WeightView& weight, const std::vector<size_t>& axes) {
+// Offsets of the two channels of a unit; the second is -1 in a unit of one, or where there is none.
+struct Unit {
+  int64_t first, second;
+};
+
+// Units over which an output channel is summed: the axes `taps`, then axis 1, which holds the channels.
+std::vector<Unit> reduction_units(const WeightView& weight, const std::vector<size_t>& taps, int64_t channels) {
   std::vector<int64_t> offsets{0};
-  for (size_t axis : axes) {
+  for (size_t axis : taps) {
     std::vector<int64_t> next;
     next.reserve(offsets.size() * weight.sizes[axis]);
     for (int64_t offset : offsets)
       for (int64_t i = 0; i < weight.sizes[axis]; ++i) next.push_back(offset + i * weight.strides[axis]);
     offsets.swap(next);
   }
-  return offsets;
+  const int64_t count = weight.sizes[1], stride = weight.strides[1];
+  std::vector<Unit> units;
+  units.reserve(offsets.size() * ceil_div(count, channels));
+  for (int64_t offset : offsets)
+    for (int64_t c = 0; c < count; c += channels)
+      units.push_back({offset + c * stride, channels == 2 && c + 1 < count ? offset + (c + 1) * stride : -1});
+  return units;
+}
+
+// A unit as the kernels read it: a float, or two bfloat16 in its 32 bits.
+float unit_at(const WeightView& weight, int64_t origin, const Unit& unit, int64_t channels) {
+  if (channels == 1) return value_at(weight, origin + unit.first);
+  const auto* data = static_cast<const uint16_t*>(weight.data) + origin;
+  const uint32_t bits = data[unit.first] | (unit.second < 0 ? 0u : static_cast<uint32_t>(data[unit.second]) << 16);
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
 }
 
 // Calls f(first channel, channels that exist, channels of the block, reduction begin, end) in parallel over
@@ -76,15 +95,16 @@ void for_each_block(int64_t channels, int64_t reduction, int64_t lanes, const F&
                               });
 }
 
-Floats pack(const WeightView& weight, const std::vector<size_t>& axes, int64_t lanes) {
-  const std::vector<int64_t> offsets = reduction_offsets(weight, axes);
-  const int64_t channels = weight.sizes[0], reduction = offsets.size(), stride = weight.strides[0];
-  Floats packed = allocate(packed_floats(channels, reduction, lanes));
+Floats pack(const WeightView& weight, const std::vector<size_t>& taps, const Units& u) {
+  const std::vector<Unit> units = reduction_units(weight, taps, u.channels);
+  const int64_t channels = weight.sizes[0], reduction = units.size(), stride = weight.strides[0];
+  Floats packed = allocate(packed_floats(channels, reduction, u.lanes));
   if (!packed) return packed;
-  for_each_block(channels, reduction, lanes, [&](int64_t c, int64_t count, int64_t width, int64_t begin, int64_t end) {
+  for_each_block(channels, reduction, u.lanes, [&](int64_t c, int64_t count, int64_t width, int64_t begin, int64_t end) {
     float* out = packed.get() + c * reduction + begin * width;
     for (int64_t i = begin; i < end; ++i, out += width) {
-      for (int64_t lane = 0; lane < count; ++lane) out[lane] = value_at(weight, (c + lane) * stride + offsets[i]);
+      for (int64_t lane = 0; lane < count; ++lane)
+        out[lane] = unit_at(weight, (c + lane) * stride, units[i], u.channels);
       std::fill(out + count, out + width, 0.0f);
     }
   });
@@ -95,9 +115,8 @@ Floats pack(const WeightView& weight, const std::vector<size_t>& axes, int64_t l
 template <int P>
 Floats pack_winograd(const WeightView& core, const double (&G)[P][3], int64_t lanes) {
   const size_t height = core.sizes.size() - 2, width_axis = height + 1;
-  const std::vector<int64_t> offsets =
-      height == 3 ? reduction_offsets(core, {2, 1}) : reduction_offsets(core, {1});
-  const int64_t channels = core.sizes[0], reduction = offsets.size();
+  const std::vector<Unit> units = reduction_units(core, height == 3 ? std::vector<size_t>{2} : std::vector<size_t>{}, 1);
+  const int64_t channels = core.sizes[0], reduction = units.size();
   const int64_t point_floats = packed_floats(channels, reduction, lanes);
   Floats packed = allocate(P * P * point_floats);
   if (!packed) return packed;
@@ -109,7 +128,7 @@ Floats pack_winograd(const WeightView& core, const double (&G)[P][3], int64_t la
           for (int point = 0; point < P * P; ++point) out[point * point_floats] = 0.0f;
           continue;
         }
-        const int64_t origin = (c + lane) * core.strides[0] + offsets[i];
+        const int64_t origin = (c + lane) * core.strides[0] + units[i].first;
         double half[P][3];
         for (int k = 0; k < 3; ++k) {
           double g[3];
@@ -127,21 +146,20 @@ Floats pack_winograd(const WeightView& core, const double (&G)[P][3], int64_t la
   return packed;
 }
 
-Floats pack_core(const WeightView& core, int64_t lanes, int64_t winograd) {
-  if (winograd == 2) return pack_winograd(core, kG2, lanes);
-  if (winograd == 4) return pack_winograd(core, kG4, lanes);
-  std::vector<size_t> axes;
-  for (size_t axis = 2; axis < core.sizes.size(); ++axis) axes.push_back(axis);
-  axes.push_back(1);
-  return pack(core, axes, lanes);
+Floats pack_core(const WeightView& core, const Units& u, int64_t winograd) {
+  if (winograd == 2) return pack_winograd(core, kG2, u.lanes);
+  if (winograd == 4) return pack_winograd(core, kG4, u.lanes);
+  std::vector<size_t> taps;
+  for (size_t axis = 2; axis < core.sizes.size(); ++axis) taps.push_back(axis);
+  return pack(core, taps, u);
 }
 
-std::optional<PackedWeights> pack_all(const Weights& weights, int64_t lanes, int64_t winograd) {
+std::optional<PackedWeights> pack_all(const Weights& weights, const Units& u, int64_t winograd) {
   PackedWeights packed;
-  packed.u_in = pack(weights.u_in, {1}, lanes);
-  packed.core = pack_core(weights.core, lanes, winograd);
-  packed.u_out = pack(weights.u_out, {1}, lanes);
-  const int64_t channels = ceil_div(weights.u_out.sizes[0], 2 * lanes) * 2 * lanes;
+  packed.u_in = pack(weights.u_in, {}, u);
+  packed.core = pack_core(weights.core, u, winograd);
+  packed.u_out = pack(weights.u_out, {}, u);
+  const int64_t channels = ceil_div(weights.u_out.sizes[0], 2 * u.lanes) * 2 * u.lanes;
   packed.bias = allocate(channels);
   if (!packed.u_in || !packed.core || !packed.u_out || !packed.bias) return std::nullopt;
   std::fill_n(packed.bias.get(), channels, 0.0f);
@@ -179,10 +197,11 @@ struct Entry {
 };
 
 // Shapes, layout, and a few of the values: equal for equal weights, wherever they lie.
-uint64_t key_of(const Weights& weights, int64_t lanes, int64_t winograd) {
+uint64_t key_of(const Weights& weights, const Units& u, int64_t winograd) {
   uint64_t hash = 14695981039346656037u;
   auto mix = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
-  mix(lanes);
+  mix(u.lanes);
+  mix(u.channels);
   mix(winograd);
   for (const WeightView* view : views(weights)) {
     mix(view->is_float);
@@ -258,6 +277,7 @@ Cache& cache() {
   return instance;
 }
 
+// An upper bound, pairs not counted.
 int64_t packed_bytes(const Weights& weights, int64_t lanes, int64_t winograd) {
   int64_t core_reduction = 1;
   for (size_t axis = 1; axis < weights.core.sizes.size(); ++axis) core_reduction *= weights.core.sizes[axis];
@@ -274,20 +294,20 @@ Floats allocate(int64_t count) {
   return Floats(static_cast<float*>(std::aligned_alloc(kAlignment, std::max(bytes, kAlignment))));
 }
 
-std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, int64_t lanes, int64_t winograd) {
+std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, const Units& units, int64_t winograd) {
   const auto all = views(weights);
   const bool keep = std::all_of(all.begin(), all.end(), [](const WeightView* view) { return is_dense(*view); });
-  const uint64_t key = keep ? key_of(weights, lanes, winograd) : 0;
+  const uint64_t key = keep ? key_of(weights, units, winograd) : 0;
   if (keep) {
     if (const auto entry = cache().find(key); entry && belongs_to(*entry, weights))
       return {entry, &entry->packed};
   }
-  std::optional<PackedWeights> packed = pack_all(weights, lanes, winograd);
+  std::optional<PackedWeights> packed = pack_all(weights, units, winograd);
   if (!packed) return nullptr;
   auto entry = std::make_shared<Entry>();
   entry->key = key;
   entry->packed = std::move(*packed);
-  entry->bytes = packed_bytes(weights, lanes, winograd);
+  entry->bytes = packed_bytes(weights, units.lanes, winograd);
   if (keep) {
     for (const WeightView* view : all) {
       const int64_t bytes = bytes_of(*view);

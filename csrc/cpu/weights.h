@@ -6,6 +6,8 @@
 #include <memory>
 #include <vector>
 
+#include "one_pass.h"
+
 namespace tucker_ops::cpu {
 
 struct Free {
@@ -32,10 +34,11 @@ struct PackedWeights {
   Floats u_in, core, u_out, bias;
 };
 
-// The packed form for vectors of `lanes` and Winograd blocks of `winograd` (see OnePass); null if there is no memory.
+// The packed form for `units` and Winograd blocks of `winograd` (see OnePass); null if there is no memory. Pairs are
+// packed from bfloat16 only.
 //
 // Forms are kept, and used again only where a copy of the original weights equals the ones given bit for bit: a
 // change in place, however it was made, is never missed. Safe to call from several threads and after a fork.
-std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, int64_t lanes, int64_t winograd);
+std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, const Units& units, int64_t winograd);
 
 }  // namespace tucker_ops::cpu

@@ -69,8 +69,8 @@ TUCKER_INLINE void transform_input(const float* d, int64_t row_stride, float* ou
 }
 
 // Aᵀ m A of one block: the inverse layout of transform_input to m × m vectors of output.
-template <int M>
-TUCKER_INLINE void transform_output(const float* m, int64_t point_stride, float* out, int64_t row_stride) {
+template <int M, class U>
+TUCKER_INLINE void transform_output(const float* m, int64_t point_stride, U* out, int64_t row_stride) {
   constexpr int P = Winograd<M>::points;
   Vec half[M * P];
   for (int j = 0; j < P; ++j) {
@@ -82,7 +82,7 @@ TUCKER_INLINE void transform_output(const float* m, int64_t point_stride, float*
     Vec line[P], result[M];
     for (int j = 0; j < P; ++j) line[j] = half[i * P + j];
     Winograd<M>::output(line, result, 1);
-    for (int j = 0; j < M; ++j) *reinterpret_cast<Vec*>(out + i * row_stride + j * LANES) = result[j];
+    for (int j = 0; j < M; ++j) store(out + i * row_stride + j * kUnits<U>, result[j]);
   }
 }
 

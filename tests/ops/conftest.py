@@ -24,7 +24,7 @@ def core(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline", "wide"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline", "wide", "wide_bf16"])
 def isa(request, monkeypatch):
     """Runs the test once with every set of CPU kernels that this processor has."""
     if not native.load():

@@ -57,6 +57,7 @@ def tiles(problem: Problem) -> tuple[int, int, int]:
     for values in (problem.input_size, problem.output_size, problem.kernel_size, problem.stride):
         numbers += three(values, 1)
     numbers += [*three(problem.padding, 0), *three(problem.dilation, 1), problem.layout == "channels_last"]
+    numbers.append(problem.dtype == torch.bfloat16)
     result = (ctypes.c_int64 * 3)()
     done = ctypes.CDLL(str(LIBRARY)).tucker_ops_cpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), result)
     if not done:
