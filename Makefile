@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench bench-cpu bench-cpu-full lint wheel clean
+.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize wheel clean
 
 demo: $(READY)
 	$(BIN)/tucker-ops demo -o demo_out
@@ -27,6 +27,19 @@ bench-cpu-full: $(PEERS)
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# The CPU kernels under AddressSanitizer and UBSan, on the random problems of the tests, in a copy of the package.
+sanitize: $(READY)
+	rm -rf build/sanitized && mkdir -p build/sanitized && cp -r tucker_ops tests pyproject.toml build/sanitized
+	$(BIN)/cmake -S . -B build/sanitizers -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_SANITIZE=address,undefined \
+		-DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" \
+		-DCMAKE_INSTALL_PREFIX=$(abspath build/sanitized/tucker_ops) \
+		-DTORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
+	$(BIN)/cmake --build build/sanitizers && $(BIN)/cmake --install build/sanitizers
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/ops/test_tucker_conv.py tests/ops/test_cpu_weights.py \
+		-k "not gradcheck and not fork"
 
 wheel: $(READY)
 	rm -rf $(DIST) && mkdir -p $(DIST)

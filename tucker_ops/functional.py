@@ -47,6 +47,9 @@ def tucker_conv(
     Returns:
         [N, C_out, *output] in the input's dtype; channels-last if the input is, else contiguous.
 
+    On the CPU, a NaN or an infinity in the input may reach outputs up to three voxels further than the kernel
+    does, where Winograd's algorithm computes the core; `tucker_ops.explain` tells where that is.
+
     Backward works to second order; forward-mode derivatives run on the reference.
 
     Raises:

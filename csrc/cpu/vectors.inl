@@ -151,33 +151,31 @@ TUCKER_INLINE const float* accumulate_groups(Vec (&acc)[MR][NV], const U* a, int
   return w + (n - k) * NV * LANES;
 }
 
-// Calls f(Int<MR>, start) for blocks of about equal size that cover [begin, end). The accumulators of a
-// block fill the registers: 12 of 16, or 24 of the 32 that AVX-512 has. A block much smaller than that
-// would wait for its own sums.
+// Voxels in a block: their accumulators fill the registers, 12 of 16, or 24 of the 32 that AVX-512 has.
+// Sanitizers take minutes to compile blocks of every size; smaller ones index the same way.
+#if defined(TUCKER_VOXELS)
+template <int NV>
+constexpr int kVoxels = TUCKER_VOXELS;
+#else
+template <int NV>
+constexpr int kVoxels = LANES == 16 || NV == 1 ? 12 : 6;
+#endif
+
+// Calls f(Int<MR>, start) for the sizes MR = size, trying each from Most downwards.
+template <int Most, class F>
+TUCKER_INLINE void call_with_size(int64_t size, int64_t start, const F& f) {
+  if (size == Most) return f(Int<Most>(), start);
+  if constexpr (Most > 1) call_with_size<Most - 1>(size, start, f);
+}
+
+// Calls f(Int<MR>, start) for blocks of about equal size that cover [begin, end): one much smaller than the
+// rest would wait for its own sums.
 template <int NV, class F>
 TUCKER_INLINE void voxel_blocks(int64_t begin, int64_t end, const F& f) {
-  constexpr int full = (LANES == 16 || NV == 1) ? 12 : 6;
-  const int64_t count = end - begin, blocks = ceil_div(count, full);
-  for (int64_t block = 0, at = begin; block < blocks; ++block) {
-    const int64_t size = (end - at) / (blocks - block);
-    if constexpr (full > 6) {
-      switch (size) {
-        case 12: f(Int<12>(), at); break;
-        case 11: f(Int<11>(), at); break;
-        case 10: f(Int<10>(), at); break;
-        case 9: f(Int<9>(), at); break;
-        case 8: f(Int<8>(), at); break;
-        case 7: f(Int<7>(), at); break;
-      }
-    }
-    switch (size) {
-      case 6: f(Int<6>(), at); break;
-      case 5: f(Int<5>(), at); break;
-      case 4: f(Int<4>(), at); break;
-      case 3: f(Int<3>(), at); break;
-      case 2: f(Int<2>(), at); break;
-      case 1: f(Int<1>(), at); break;
-    }
+  int64_t blocks = ceil_div(end - begin, kVoxels<NV>);
+  for (int64_t at = begin; blocks > 0; --blocks) {
+    const int64_t size = (end - at) / blocks;
+    call_with_size<kVoxels<NV>>(size, at, f);
     at += size;
   }
 }

@@ -158,18 +158,20 @@ def test_weights_in_any_layout():
     torch.testing.assert_close(strided, plain)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa, core):
-    case = Case(3, 2, (8, 8, 8, 8), (17, 19, 23), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous")
+@pytest.mark.parametrize("size", [(17, 19, 23), (19, 150)], ids=["volume", "slice"])
+def test_results_do_not_depend_on_the_number_of_threads(isa, core, size):
+    """Threads share a slice by tiles, so their number decides on the tiles."""
+    ones = (1,) * len(size)
+    case = Case(3, 1, (8, 40, 40, 8), size, (3,) * len(size), ones, ones, ones, True, "contiguous")
     tensors = case.tensors(torch.float32)
-    before = torch.get_num_threads()
+    results, before = [], torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
-        alone = tucker_ops.tucker_conv(*tensors, *case.geometry, backend="cpu")
-        torch.set_num_threads(3)
-        together = tucker_ops.tucker_conv(*tensors, *case.geometry, backend="cpu")
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            results.append(tucker_ops.tucker_conv(*tensors, *case.geometry, backend="cpu"))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(alone, together)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_tiles_in_height_and_width(isa, core):
