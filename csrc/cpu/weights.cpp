@@ -189,26 +189,33 @@ std::vector<const WeightView*> views(const Weights& weights) {
   return all;
 }
 
+// What a packed form depends on besides the values.
+std::vector<int64_t> form_of(const Weights& weights, const Units& u, int64_t winograd) {
+  std::vector<int64_t> form{u.lanes, u.channels, winograd};
+  for (const WeightView* view : views(weights)) {
+    form.push_back(view->is_float);
+    for (size_t i = 0; i < view->sizes.size(); ++i) {
+      form.push_back(view->sizes[i]);
+      form.push_back(view->sizes[i] == 1 ? 0 : view->strides[i]);
+    }
+  }
+  return form;
+}
+
 struct Entry {
   uint64_t key;
+  std::vector<int64_t> form;
   std::vector<std::unique_ptr<char[]>> originals;
   PackedWeights packed;
   int64_t bytes;
 };
 
-// Shapes, layout, and a few of the values: equal for equal weights, wherever they lie.
-uint64_t key_of(const Weights& weights, const Units& u, int64_t winograd) {
+// Of the form and a few of the values: equal for equal weights, wherever they lie.
+uint64_t key_of(const Weights& weights, const std::vector<int64_t>& form) {
   uint64_t hash = 14695981039346656037u;
   auto mix = [&](uint64_t value) { hash = (hash ^ value) * 1099511628211u; };
-  mix(u.lanes);
-  mix(u.channels);
-  mix(winograd);
+  for (int64_t value : form) mix(value);
   for (const WeightView* view : views(weights)) {
-    mix(view->is_float);
-    for (size_t i = 0; i < view->sizes.size(); ++i) {
-      mix(view->sizes[i]);
-      mix(view->sizes[i] == 1 ? 0 : view->strides[i]);
-    }
     const int64_t bytes = bytes_of(*view), element = element_bytes(*view), count = bytes / element;
     for (int64_t i = 0; i < kSamples; ++i) {
       uint32_t sample = 0;
@@ -229,9 +236,9 @@ bool same_bytes(const void* a, const void* b, int64_t bytes) {
   return same;
 }
 
-bool belongs_to(const Entry& entry, const Weights& weights) {
+bool belongs_to(const Entry& entry, const Weights& weights, const std::vector<int64_t>& form) {
+  if (entry.form != form) return false;
   const auto all = views(weights);
-  if (entry.originals.size() != all.size()) return false;
   for (size_t i = 0; i < all.size(); ++i)
     if (!same_bytes(entry.originals[i].get(), all[i]->data, bytes_of(*all[i]))) return false;
   return true;
@@ -297,15 +304,17 @@ Floats allocate(int64_t count) {
 std::shared_ptr<const PackedWeights> packed_weights(const Weights& weights, const Units& units, int64_t winograd) {
   const auto all = views(weights);
   const bool keep = std::all_of(all.begin(), all.end(), [](const WeightView* view) { return is_dense(*view); });
-  const uint64_t key = keep ? key_of(weights, units, winograd) : 0;
+  std::vector<int64_t> form = form_of(weights, units, winograd);
+  const uint64_t key = keep ? key_of(weights, form) : 0;
   if (keep) {
-    if (const auto entry = cache().find(key); entry && belongs_to(*entry, weights))
+    if (const auto entry = cache().find(key); entry && belongs_to(*entry, weights, form))
       return {entry, &entry->packed};
   }
   std::optional<PackedWeights> packed = pack_all(weights, units, winograd);
   if (!packed) return nullptr;
   auto entry = std::make_shared<Entry>();
   entry->key = key;
+  entry->form = std::move(form);
   entry->packed = std::move(*packed);
   entry->bytes = packed_bytes(weights, units.lanes, winograd);
   if (keep) {
