@@ -1,14 +1,15 @@
 """The harness: check first, then time the peers of a problem in turns.
 
 A result that misses the float64 answer by more than the dtype's gate is refused and never timed. All
-peers take one turn per round, the order shifted each round, so that a busy moment of the machine meets
-all of them; ratios are therefore taken within each round, and their median over the rounds is reported.
+peers take one turn per round, in a shuffled order, so that a busy moment of the machine meets all of
+them; ratios are therefore taken within each round, and their median over the rounds is reported.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -262,8 +263,8 @@ def _take_turns(calls: dict[int, Call], effort: Effort) -> dict[int, tuple[float
         for turn in range(effort.most_rounds):
             if turn >= effort.fewest_rounds and time.perf_counter() - begin > effort.seconds:
                 break
-            shift = turn % max(1, len(order))
-            for index in order[shift:] + order[:shift]:
+            # Not merely rotated: each peer would always follow the same one, and inherit the state it leaves.
+            for index in random.Random(turn).sample(order, len(order)):
                 if min(samples[index], default=math.inf) < 10 * effort.settle:
                     _settle(calls[index], effort.settle)
                 samples[index].append(_seconds(calls[index]))
