@@ -35,9 +35,15 @@ def load() -> Verdict:
 
 
 @cache
+def _functions() -> ctypes.CDLL:
+    """What the extension exports beside its ops."""
+    return ctypes.CDLL(str(LIBRARY))
+
+
+@cache
 def isas() -> tuple[str, ...]:
     """Names of the CPU kernels that this processor can run, best first."""
-    names = ctypes.CDLL(str(LIBRARY)).tucker_ops_cpu_isas
+    names = _functions().tucker_ops_cpu_isas
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split(","))
 
@@ -59,7 +65,7 @@ def tiles(problem: Problem) -> tuple[int, int, int]:
     numbers += [*three(problem.padding, 0), *three(problem.dilation, 1), problem.layout == "channels_last"]
     numbers.append(problem.dtype == torch.bfloat16)
     result = (ctypes.c_int64 * 3)()
-    done = ctypes.CDLL(str(LIBRARY)).tucker_ops_cpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), result)
+    done = _functions().tucker_ops_cpu_tiles((ctypes.c_int64 * len(numbers))(*numbers), result)
     if not done:
         core = os.environ.get(CORE_VARIABLE)
         raise BackendError(f"{ISA_VARIABLE}={isa()} cannot run here, or {CORE_VARIABLE}={core} is not known")
