@@ -60,10 +60,13 @@ PYBIND11_MODULE(_host, m) {
         info["cxx_standard"] = static_cast<long>(__cplusplus);
 #if defined(__x86_64__)
         py::list kernels;
+#if defined(TUCKER_AMX_BF16)
+        kernels.append("amx_bf16");
+#endif
 #if defined(TUCKER_AVX512_BF16)
         kernels.append("avx512_bf16");
 #endif
-        for (const char* name : {"avx512", "avx2", "baseline", "wide", "wide_bf16"}) kernels.append(name);
+        for (const char* name : {"avx512", "avx2", "baseline", "wide", "wide_bf16", "wide_amx"}) kernels.append(name);
         info["cpu_kernels"] = py::tuple(kernels);
 #else
         info["cpu_kernels"] = py::make_tuple("baseline");

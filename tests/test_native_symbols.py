@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tucker_ops.backends import native
+
 CXX = shutil.which("g++") or shutil.which("c++")
 
 
@@ -17,9 +19,15 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
     "avx512_bf16": ["-mavx512f", "-mavx512bf16"],
+    "amx_bf16": ["-mavx512f", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-KERNELS = ("avx2", "avx512", "avx512_bf16", "baseline", "wide", "wide_bf16")
-LOOPS = ("avx2", "avx512", "avx512_bf16", "baseline")
+KERNELS = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "baseline", "wide", "wide_bf16", "wide_amx")
+LOOPS = ("avx2", "avx512", "avx512_bf16", "amx_bf16", "baseline")
+OPERATIONS = {
+    "amx_bf16": r"\ttdpbf16ps ",
+    "avx512_bf16": r"\tvdpbf16ps\t",
+    "baseline": r"\tmulps\t",
+}
 
 
 def compiled(source: Path, target: Path, name: str, *options: str) -> Path:
@@ -28,8 +36,8 @@ def compiled(source: Path, target: Path, name: str, *options: str) -> Path:
         pytest.skip("needs a C++ compiler, nm and x86-64")
     command = [CXX, "-std=gnu++20", "-fPIC", "-Wno-psabi", *FLAGS.get(name, []), *options]
     done = subprocess.run([*command, source, "-o", target], capture_output=True, text=True)
-    if "avx512bf16" in done.stderr:
-        pytest.skip("the compiler does not know AVX512_BF16, and the build leaves its loop out")
+    if "avx512bf16" in done.stderr or "-mamx" in done.stderr:
+        pytest.skip(f"the compiler does not know {name}, and the build leaves it out")
     assert done.returncode == 0, done.stderr
     return target
 
@@ -56,7 +64,22 @@ def test_peak_loops_compute_all_that_they_count(repo_root, tmp_path, name):
     assembly = compiled(source, tmp_path / "loop.s", name, "-O3", "-S").read_text()
     # A compiler computes chains once that it proves equal, and keeps in memory what it has no register for.
     (chains,) = re.findall(r"(?:TUCKER_CHAINS|kChains =) (\d+)", source.read_text())
-    operation = {"avx512_bf16": r"\tvdpbf16ps\t", "baseline": r"\tmulps\t"}.get(name, r"\tvfmadd\d+ps\t")
+    operation = OPERATIONS.get(name, r"\tvfmadd\d+ps\t")
     lines = [line for line in assembly.splitlines() if re.match(operation, line)]
     assert len(lines) == int(chains)
     assert not any("(" in line for line in lines)
+
+
+def test_bf16_kernels_use_the_instructions_they_are_named_for():
+    """In the extension as built; without the instruction set no code of that name may exist."""
+    if not native.load() or shutil.which("objdump") is None or sysconfig.get_platform() != "linux-x86_64":
+        pytest.skip("needs the compiled extension, objdump and x86-64")
+    command = ["objdump", "-d", "--no-show-raw-insn", "--demangle", native.LIBRARY]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    built = pytest.importorskip("tucker_ops._host").build_info()["cpu_kernels"]
+    for isa, instructions in {
+        "avx512_bf16": ["vdpbf16ps"],
+        "amx_bf16": ["tdpbf16ps", "tileloadd", "tilestored", "ldtilecfg", "tilerelease"],
+    }.items():
+        for instruction in instructions:
+            assert (re.search(rf"\t{instruction}\b", text) is not None) == (isa in built), instruction

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <thread>
 
+#include "../common/amx.h"
+
 namespace tucker_ops::bench {
 namespace {
 
@@ -49,6 +51,9 @@ std::vector<const FmaLoop*> fma_loops() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
+#if defined(TUCKER_AMX_BF16)
+    if (has_amx_bf16()) found.push_back(&fma_amx_bf16);
+#endif
 #if defined(TUCKER_AVX512_BF16)
     if (__builtin_cpu_supports("avx512bf16")) found.push_back(&fma_avx512_bf16);
 #endif

@@ -13,6 +13,7 @@ struct FmaLoop {
   float (*run)(std::int64_t turns);
 };
 
+extern const FmaLoop fma_amx_bf16;
 extern const FmaLoop fma_avx512_bf16;
 extern const FmaLoop fma_avx512;
 extern const FmaLoop fma_avx2;

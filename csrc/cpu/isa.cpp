@@ -4,8 +4,19 @@
 #include <string>
 #include <vector>
 
+#include "../common/amx.h"
+
 namespace tucker_ops::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// The kernels of a matrix unit, with those of another set for float32.
+const Kernels* with_float32(const Kernels& matrix, const Kernels& other) {
+  auto* both = new Kernels(matrix);  // for as long as the process lives
+  both->float32 = other.float32;
+  return both;
+}
+#endif
 
 std::vector<const Kernels*> detect() {
   std::vector<const Kernels*> found;
@@ -14,6 +25,10 @@ std::vector<const Kernels*> detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
 #if defined(TUCKER_AVX512_BF16)
+#if defined(TUCKER_AMX_BF16)
+    if (__builtin_cpu_supports("avx512bf16") && has_amx_bf16())
+      found.push_back(with_float32(kernels_amx_bf16, kernels_avx512));
+#endif
     if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
 #endif
     found.push_back(&kernels_avx512);
@@ -24,6 +39,7 @@ std::vector<const Kernels*> detect() {
 #if defined(__x86_64__)
   found.push_back(&kernels_wide);
   found.push_back(&kernels_wide_bf16);
+  found.push_back(with_float32(kernels_wide_amx, kernels_wide));
 #endif
   return found;
 }

@@ -39,13 +39,15 @@ using Run = void (*)(const OnePass&, int64_t begin, int64_t end, float* scratch)
 struct Kernels {
   const char* name;
   int64_t lanes;  // float32 values in a vector
-  Run float32, bfloat16;
-  bool pairs;  // bfloat16 is multiplied in pairs of channels; else it is widened to float32
+  Run float32, bfloat16;  // float32 is null where another instruction set's kernel serves
+  bool pairs;             // bfloat16 is multiplied in pairs of channels; else it is widened to float32
+  bool matrix;            // the core multiplies matrices of pairs: see matrix.inl
 };
 
-// Vectors of a call: lanes, and channels in a unit (see OnePass).
+// Vectors of a call: lanes, channels in a unit (see OnePass), and how many times the multiply-adds of a vector of
+// float32 the core does at a time.
 struct Units {
-  int64_t lanes, channels;
+  int64_t lanes, channels, core = channels;
 };
 
 // static: a copy of these compiled with wider instructions must stay in its object file.
@@ -97,7 +99,8 @@ static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units&
 }
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx512_bf16, kernels_avx512, kernels_avx2, kernels_wide, kernels_wide_bf16;
+extern const Kernels kernels_amx_bf16, kernels_avx512_bf16, kernels_avx512, kernels_avx2, kernels_wide, kernels_wide_bf16,
+    kernels_wide_amx;
 #endif
 extern const Kernels kernels_baseline;
 

@@ -13,6 +13,9 @@
 
 #include "vectors.inl"
 #include "winograd.inl"
+#if defined(TUCKER_MATRIX)
+#include "matrix.inl"
+#endif
 
 namespace tucker_ops::cpu {
 namespace {
@@ -30,6 +33,11 @@ struct Worker {
   int64_t n = 0, row0 = 0, col0 = 0, rows = 0, cols = 0;  // the tile at work, in output voxels
   int64_t rows_read = 0, cols_read = 0;                   // extents of its plane of the first stage's output
   int64_t down = 0, across = 0;                           // its Winograd blocks
+
+#if defined(TUCKER_MATRIX)
+  MatrixUnit matrix;
+  int64_t matrix_rows = 0, matrix_units = 0;  // voxels and units of input ranks multiplied at a time
+#endif
 
   int64_t ahead_depth = 0, ahead_plane = 0, ahead_planes = 0;  // see fetch_ahead
 
@@ -67,6 +75,9 @@ struct Worker {
       cols_read = across * tiles.winograd + 2;
     }
     for (int64_t s = 0; s < tiles.slots; ++s) tags[s] = -1;
+#if defined(TUCKER_MATRIX)
+    select_matrix();
+#endif
   }
 
   // `last`: no unit of this tile follows in this thread.
@@ -207,6 +218,9 @@ struct Worker {
 
   // Second stage, directly: one output plane of the tile, core ∗ t.
   void convolve_plane(int64_t depth) {
+#if defined(TUCKER_MATRIX)
+    if (matrix_units) return multiply_rows(depth);
+#endif
     switch (g.stride[2]) {
       case 1: return convolve_rows<kUnits<U>>(depth);
       case 2: return convolve_rows<2 * kUnits<U>>(depth);
@@ -251,6 +265,91 @@ struct Worker {
       }
     }
   }
+
+#if defined(TUCKER_MATRIX)
+  // Where ranks fill whole rows of a register, and voxels do not lie so far apart that the last rows of a register,
+  // read past the end of a row of the ring, would lie outside of scratch memory.
+  void select_matrix() {
+    matrix_units = tiles.winograd || g.stride[2] > 2 ? 0 : rank_in_units % 8 == 0 ? 8 : rank_in_units % 4 == 0 ? 4 : 0;
+    if (!matrix_units) return;
+    matrix_rows = ceil_div(cols, ceil_div(cols, kMatrixRows));
+    matrix.configure(matrix_rows, matrix_units);
+  }
+
+  // Second stage, directly, in the registers of matrix.inl: the same weights, the same ring.
+  void multiply_rows(int64_t depth) {
+    channel_blocks(g.rank_out, [&](auto nv, int64_t c) {
+      constexpr int NV = decltype(nv)::value;
+      for (int64_t row = 0; row < rows; ++row) {
+        if (c == 0) fetch_ahead(row, rows);
+        U* out = z_plane() + row * z_row + c / LANES * z_cols * kUnits<U>;
+        for (int64_t col = 0; col < cols; col += 2 * matrix_rows) {
+          if (cols - col > matrix_rows) {
+            multiply_voxels<2, NV>(depth, row, col, c, out);
+          } else {
+            multiply_voxels<1, NV>(depth, row, col, c, out);
+          }
+        }
+      }
+    });
+  }
+
+  // M blocks of voxels × NV vectors of channels.
+  template <int M, int NV>
+  TUCKER_INLINE void multiply_voxels(int64_t depth, int64_t row, int64_t col, int64_t c, U* out) {
+    const int64_t lda = g.stride[2] * kUnits<U>, between = lda * sizeof(U);
+    const float* w = p.core + c * g.kernel[0] * g.kernel[1] * g.kernel[2] * rank_in_units;
+    matrix.template zero<0>();
+    matrix.template zero<1>();
+    matrix.template zero<2>();
+    matrix.template zero<3>();
+    for (int64_t k = 0; k < g.kernel[0]; ++k) {
+      const int64_t d = depth_of(depth, k);
+      if (d < 0 || d >= g.in[0]) {
+        w += g.kernel[1] * g.kernel[2] * rank_in_units * NV * LANES;
+        continue;
+      }
+      const U* plane = reinterpret_cast<const U*>(scratch + d % tiles.slots * at.slot) +
+                       row * g.stride[1] * row_stride<U>() + col * lda;
+      for (int64_t kh = 0; kh < g.kernel[1]; ++kh) {
+        for (int64_t kw = 0; kw < g.kernel[2]; ++kw) {
+          const U* tap = plane + kh * g.dilation[1] * row_stride<U>() + kw * g.dilation[2] * kUnits<U>;
+          for (int64_t unit = 0; unit < rank_in_units; unit += matrix_units, w += matrix_units * NV * LANES) {
+            const U* a = tap + unit / kUnits<U> * group_stride<U>() + unit % kUnits<U>;
+            multiply_taps<M, NV>(a, matrix_rows * lda, between, w);
+          }
+        }
+      }
+    }
+    store_sums<0>(out, col);
+    if constexpr (NV == 2) store_sums<1>(out + z_cols * kUnits<U>, col);
+    if constexpr (M == 2) store_sums<2>(out, col + matrix_rows);
+    if constexpr (M == 2 && NV == 2) store_sums<3>(out + z_cols * kUnits<U>, col + matrix_rows);
+  }
+
+  template <int M, int NV>
+  TUCKER_INLINE void multiply_taps(const U* a, int64_t next_voxels, int64_t between, const float* w) {
+    constexpr int voxels = kVoxelRegister, weights = kWeightRegister;
+    matrix.template load<weights>(w, NV * LANES * sizeof(float));
+    if constexpr (NV == 2) matrix.template load<weights + 1>(w + LANES, NV * LANES * sizeof(float));
+    matrix.template load<voxels>(a, between);
+    matrix.template multiply_add<0, voxels, weights>();
+    if constexpr (NV == 2) matrix.template multiply_add<1, voxels, weights + 1>();
+    if constexpr (M == 2) {
+      matrix.template load<voxels + 1>(a + next_voxels, between);
+      matrix.template multiply_add<2, voxels + 1, weights>();
+      if constexpr (NV == 2) matrix.template multiply_add<3, voxels + 1, weights + 1>();
+    }
+  }
+
+  template <int SUMS>
+  TUCKER_INLINE void store_sums(U* out, int64_t col) {
+    alignas(64) float sums[kMatrixRows * LANES];
+    matrix.template store<SUMS>(sums);
+    const int64_t count = cols - col < matrix_rows ? cols - col : matrix_rows;
+    for (int64_t j = 0; j < count; ++j) store(out + (col + j) * kUnits<U>, load(sums + j * LANES));
+  }
+#endif
 
   // Second stage by Winograd: the first stage's plane to points in the ring, …
   template <int M>
@@ -446,10 +545,12 @@ void run(const OnePass& p, int64_t begin, int64_t end, float* scratch) {
 
 }  // namespace
 
-#if defined(TUCKER_PAIRS)
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, Pair>, true};
+#if defined(TUCKER_MATRIX)
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, nullptr, &run<bfloat16, Pair>, true, true};
+#elif defined(TUCKER_PAIRS)
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, Pair>, true, false};
 #else
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, float>, false};
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, float>, false, false};
 #endif
 
 }  // namespace tucker_ops::cpu

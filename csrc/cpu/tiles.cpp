@@ -87,7 +87,7 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
            voxels;
   } else {
     const double taps = static_cast<double>(g.kernel[0]) * g.kernel[1] * g.kernel[2];
-    core = taps * g.rank_in * out_ranks / block_efficiency(t.cols, g.rank_out, lanes) / u.channels;
+    core = taps * g.rank_in * out_ranks / block_efficiency(t.cols, g.rank_out, lanes) / u.core;
   }
   auto run = [](bool channels_last, int64_t channels) {
     return channels_last ? kRunOfVoxels : kRunOfOneChannel * channels;

@@ -24,7 +24,10 @@ def core(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline", "wide", "wide_bf16"])
+ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "wide", "wide_bf16", "wide_amx")
+
+
+@pytest.fixture(params=ISAS)
 def isa(request, monkeypatch):
     """Runs the test once with every set of CPU kernels that this processor has."""
     if not native.load():

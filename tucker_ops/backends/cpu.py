@@ -50,7 +50,7 @@ def _supports(problem: Problem) -> Verdict:
 def _prefers(problem: Problem) -> Verdict:
     # What `python -m bench.survey` measured against three torch convolutions on a processor with AVX2.
     isa = native.isa()
-    if isa.startswith("avx512") and problem.dtype == torch.float32:
+    if isa.startswith(("avx512", "amx")) and problem.dtype == torch.float32:
         return _prefers_untimed(problem)
     if isa != "avx2":
         return Verdict(False, f"timed against three torch convolutions with avx2 only, not with {isa}")
