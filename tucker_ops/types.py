@@ -90,3 +90,39 @@ class Problem:
     @property
     def output_size(self) -> tuple[int, ...]:
         return conv_output_size(self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """One call of `tucker_block`: all that the choice of a backend may depend on.
+
+    ``channels`` has one entry per source, ``factors`` by how much its extents are smaller than ``input_size``.
+    ``rank_in`` is the core's input, ``rank_out`` its output; ``out_channels`` equals the latter without u_out.
+    ``reduced``: every source is multiplied by a matrix before the core. ``expanded``: some source is in rank space.
+    """
+
+    batch: int
+    channels: tuple[int, ...]
+    factors: tuple[tuple[int, ...], ...]
+    rank_in: int
+    rank_out: int
+    out_channels: int
+    input_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    reduced: bool
+    expanded: bool
+    u_out: bool
+    stats: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.kernel_size)
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        return conv_output_size(self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)

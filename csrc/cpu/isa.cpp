@@ -9,52 +9,48 @@
 namespace tucker_ops::cpu {
 namespace {
 
+std::vector<Kernels> detect() {
+  std::vector<Kernels> found;
 #if defined(__x86_64__)
-// The kernels of a matrix unit, with those of another set for float32.
-const Kernels* with_float32(const Kernels& matrix, const Kernels& other) {
-  auto* both = new Kernels(matrix);  // for as long as the process lives
-  both->float32 = other.float32;
-  return both;
-}
-#endif
-
-std::vector<const Kernels*> detect() {
-  std::vector<const Kernels*> found;
-#if defined(__x86_64__)
+  // A set that has only what it does better, the rest filled in from another.
+  auto add = [&](Kernels kernels, const Kernels& rest) {
+    if (!kernels.float32) kernels.float32 = rest.float32;
+    if (!kernels.bfloat16) kernels.bfloat16 = rest.bfloat16;
+    found.push_back(kernels);
+  };
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-#if defined(TUCKER_AVX512_BF16)
 #if defined(TUCKER_AMX_BF16)
-    if (__builtin_cpu_supports("avx512bf16") && has_amx_bf16())
-      found.push_back(with_float32(kernels_amx_bf16, kernels_avx512));
+    if (__builtin_cpu_supports("avx512bf16") && has_amx_bf16()) add(kernels_amx_bf16, kernels_avx512);
 #endif
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512_bf16);
+#if defined(TUCKER_AVX512_BF16)
+    if (__builtin_cpu_supports("avx512bf16")) add(kernels_avx512_bf16, kernels_avx512);
 #endif
-    found.push_back(&kernels_avx512);
+    found.push_back(kernels_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(kernels_avx2);
 #endif
-  found.push_back(&kernels_baseline);
+  found.push_back(kernels_baseline);
 #if defined(__x86_64__)
-  found.push_back(&kernels_wide);
-  found.push_back(&kernels_wide_bf16);
-  found.push_back(with_float32(kernels_wide_amx, kernels_wide));
+  found.push_back(kernels_wide);
+  add(kernels_wide_bf16, kernels_wide);
+  add(kernels_wide_amx, kernels_wide);
 #endif
   return found;
 }
 
-const std::vector<const Kernels*>& available() {
-  static const std::vector<const Kernels*> kernels = detect();
+const std::vector<Kernels>& available() {
+  static const std::vector<Kernels> kernels = detect();
   return kernels;
 }
 
 }  // namespace
 
 const Kernels* select_kernels(const char* name) {
-  if (!name || !*name) return available().front();
-  for (const Kernels* kernels : available())
-    if (!std::strcmp(kernels->name, name)) return kernels;
+  if (!name || !*name) return &available().front();
+  for (const Kernels& kernels : available())
+    if (!std::strcmp(kernels.name, name)) return &kernels;
   return nullptr;
 }
 
@@ -63,9 +59,9 @@ const Kernels* select_kernels(const char* name) {
 const char* tucker_ops_cpu_isas() {
   static const std::string names = [] {
     std::string text;
-    for (const auto* kernels : tucker_ops::cpu::available()) {
+    for (const auto& kernels : tucker_ops::cpu::available()) {
       if (!text.empty()) text += ',';
-      text += kernels->name;
+      text += kernels.name;
     }
     return text;
   }();

@@ -19,6 +19,22 @@ struct Tiles {
   int64_t row_tiles, col_tiles;  // tiles that cover the output plane
 };
 
+// One of the tensors that the first stage sums up. Its extents are those of the input divided by `factor`; where that
+// is not 1 there is a matrix for every position within the factor, as in a transposed convolution of that stride.
+struct Source {
+  const void* x;
+  Strides strides;
+  int64_t channels, factor[3];
+  const float *scale, *shift;  // [batch][channels] of a norm still to be applied; null if there is none
+  float slope;                 // of the LeakyReLU after it; 1 if there is none
+  const float* reduce;         // packed matrices, `reduce_floats` apart; null: the values are the first stage's output
+  int64_t reduce_floats;
+
+  bool pending() const { return scale || shift || slope != 1.0f; }
+  bool coarse() const { return factor[0] * factor[1] * factor[2] > 1; }
+};
+constexpr int64_t kMostSources = 4;
+
 // Weights are packed by weights.cpp: blocks of 2·lanes output channels (the last one may be of 1·lanes), each
 // [reduction][channels of the block], zero-filled. The reduction runs over units of channels: float32 values, or pairs
 // of bfloat16 for kernels that multiply those. The core's runs over taps, then units of input ranks; with Winograd
@@ -26,22 +42,28 @@ struct Tiles {
 struct OnePass {
   Geometry g;
   Tiles tiles;
-  const void* x;
+  Source sources[kMostSources];
+  int64_t source_count;
+  const float* in_bias;  // [rank_in rounded up to 2·lanes], added inside the volume; null if there is none
   void* y;
-  Strides x_strides, y_strides;
-  const float *u_in, *core, *u_out;
-  const float* bias;  // [out_channels rounded up to 2·lanes], zeros if the layer has none
+  Strides y_strides;
+  const float *core, *u_out;  // u_out is null where the core's output is the result
+  const float* bias;          // [out_channels rounded up to 2·lanes], zeros if the layer has none
+  float* stats;               // per unit of work: mean, then sum of squared deviations, of every channel; or null
+  int64_t stats_channels;     // out_channels rounded up to 2·lanes
 };
 
 // Computes units [begin, end) of batch · row_tiles · col_tiles · depth, depth running fastest.
 using Run = void (*)(const OnePass&, int64_t begin, int64_t end, float* scratch);
 
+// What one instruction set offers; null where another one's kernel has to serve.
 struct Kernels {
   const char* name;
   int64_t lanes;  // float32 values in a vector
-  Run float32, bfloat16;  // float32 is null where another instruction set's kernel serves
-  bool pairs;             // bfloat16 is multiplied in pairs of channels; else it is widened to float32
-  bool matrix;            // the core multiplies matrices of pairs: see matrix.inl
+  Run float32;
+  Run bfloat16;  // widened to float32
+  Run pairs;     // bfloat16, multiplied in pairs of channels
+  bool matrix;   // `pairs` multiplies matrices in the core: see matrix.inl
 };
 
 // Vectors of a call: lanes, channels in a unit (see OnePass), and how many times the multiply-adds of a vector of
@@ -66,7 +88,7 @@ struct Scratch {
   int64_t in_plane;               // floats of a plane [row][group][column][lane] of the first stage's output
   int64_t point_in, point_out;    // Winograd: floats between points of a block's input and of its output
   int64_t slot;                   // floats of a plane in the ring
-  int64_t plane, products, z, line, tags, total;
+  int64_t plane, products, z, line, sums, stats, tags, total;
 };
 
 static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units& u) {
@@ -93,7 +115,9 @@ static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units&
   }
   s.line = s.z + ceil_div(rows * cols * out_ranks / u.channels, lanes) * lanes;
   const int64_t widest = g.in_channels > g.out_channels ? g.in_channels : g.out_channels;
-  s.tags = s.line + ceil_div(widest, lanes) * lanes * (kColumns + 16);
+  s.sums = s.line + ceil_div(widest, lanes) * lanes * (kColumns + 16);
+  s.stats = s.sums + (u.channels == 1 ? 0 : in_ranks * kColumns);
+  s.tags = s.stats + 2 * ceil_div(g.out_channels, 2 * lanes) * 2 * lanes;
   s.total = s.tags + 2 * t.slots;
   return s;
 }

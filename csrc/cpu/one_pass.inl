@@ -42,7 +42,7 @@ struct Worker {
   int64_t ahead_depth = 0, ahead_plane = 0, ahead_planes = 0;  // see fetch_ahead
 
   const int64_t in_groups, out_groups;
-  const int64_t in_units, rank_in_units, rank_out_units;
+  const int64_t rank_in_units, rank_out_units;
   const int64_t z_cols, z_row;  // columns, and units in a row, of the plane of the second stage's output
 
   Worker(const OnePass& pass, float* memory)
@@ -54,7 +54,6 @@ struct Worker {
         tags(reinterpret_cast<int64_t*>(scratch + at.tags)),
         in_groups(ceil_div(g.rank_in, LANES)),
         out_groups(ceil_div(g.rank_out, LANES)),
-        in_units(ceil_div(g.in_channels, kChannels<U>)),
         rank_in_units(ceil_div(g.rank_in, kChannels<U>)),
         rank_out_units(ceil_div(g.rank_out, kChannels<U>)),
         z_cols(tiles.winograd ? ceil_div(tiles.cols, tiles.winograd) * tiles.winograd : tiles.cols),
@@ -122,7 +121,7 @@ struct Worker {
     return in_groups * group_stride<S>();
   }
 
-  // First stage: one input plane, u_in · x, zero outside the volume and where no output needs it.
+  // First stage: one input plane, the sum of reduce · source, zero outside the volume and where no output needs it.
   template <class S>
   void reduce_plane(int64_t d, S* out) {
     const int64_t rows_needed = reach(1, rows), cols_needed = reach(2, cols);
@@ -135,57 +134,141 @@ struct Worker {
       zero_columns(out, 0, inside ? begin : cols_read);
       if (!inside) continue;
       zero_columns(out, end, cols_read);
-      reduce_row(static_cast<const T*>(p.x) + n * p.x_strides.batch + d * p.x_strides.space[0] +
-                     h * p.x_strides.space[1] + w0 * p.x_strides.space[2],
-                 out, begin, end);
+      for (int64_t col = begin; col < end; col += kColumns)
+        read_sources(d, h, w0 + col, end - col < kColumns ? end - col : kColumns, out + col * kUnits<S>);
     }
   }
 
+  // Columns w to w + count of the first stage's output.
   template <class S>
-  void reduce_row(const T* x, S* out, int64_t begin, int64_t end) {
-    const int64_t space = p.x_strides.space[2];
-    for (int64_t col = begin; col < end; col += kColumns) {
-      const int64_t count = end - col < kColumns ? end - col : kColumns;
-      int64_t lda, step;
-      const U* a = read_columns(x + col * space, count, lda, step);
-      if (lda == 1) {
-        reduce_columns<1>(a, lda, step, count, out + col * kUnits<S>);
-      } else {
-        reduce_columns<0>(a, lda, step, count, out + col * kUnits<S>);
+  void read_sources(int64_t d, int64_t h, int64_t w, int64_t count, S* out) {
+    const Source& s = p.sources[0];
+    if (p.source_count == 1 && !s.coarse()) {
+      const T* x = at_voxel(s, d, h, w);
+      if (!s.reduce) return copy_columns(s, x, count, out);
+      return reduce_source(s, s.reduce, x, count, out, group_stride<S>(), kUnits<S>, 0);
+    }
+    if constexpr (kChannels<S> == 1) {
+      sum_sources(d, h, w, count, out, group_stride<S>());
+    } else {
+      float* const sums = scratch + at.sums;
+      sum_sources(d, h, w, count, sums, kColumns * LANES);
+      for (int64_t group = 0; group < in_groups; ++group)
+        for (int64_t j = 0; j < count; ++j)
+          store(out + group * group_stride<S>() + j * kUnits<S>, load(sums + (group * kColumns + j) * LANES));
+    }
+  }
+
+  void sum_sources(int64_t d, int64_t h, int64_t w, int64_t count, float* out, int64_t group_step) {
+    for (int64_t i = 0; i < p.source_count; ++i) {
+      const Source& s = p.sources[i];
+      const int64_t f = s.factor[2];
+      // Every f-th column takes the same matrix; for a source at full extents that is every column.
+      for (int64_t first = 0; first < f && first < count; ++first) {
+        const int64_t column = w + first, matrix = (d % s.factor[0] * s.factor[1] + h % s.factor[1]) * f + column % f;
+        reduce_source(s, s.reduce + matrix * s.reduce_floats, at_voxel(s, d, h, column), ceil_div(count - first, f),
+                      out + first * LANES, group_step, f * LANES, i);
       }
     }
   }
 
-  // Voxels in units: in place where channels lie together as units, else copied. A copy reads each cache line
-  // once; read in place, channels that lie apart may all compete for the same few sets of the cache.
-  const U* read_columns(const T* x, int64_t count, int64_t& lda, int64_t& step) {
-    const int64_t space = p.x_strides.space[2], channel = p.x_strides.channel;
+  const T* at_voxel(const Source& s, int64_t d, int64_t h, int64_t w) const {
+    return static_cast<const T*>(s.x) + n * s.strides.batch + d / s.factor[0] * s.strides.space[0] +
+           h / s.factor[1] * s.strides.space[1] + w / s.factor[2] * s.strides.space[2];
+  }
+
+  // `count` voxels of source number `index` from x on, times a matrix, to every `step_out`-th value of `out`.
+  template <class S>
+  void reduce_source(const Source& s, const float* matrix, const T* x, int64_t count, S* out, int64_t group_step,
+                     int64_t step_out, int64_t index) {
+    int64_t lda, step;
+    const U* a = read_columns(s, x, count, lda, step);
+    if (lda == 1) {
+      reduce_columns<1>(a, lda, step, units_of(s), matrix, count, out, group_step, step_out, index);
+    } else {
+      reduce_columns<0>(a, lda, step, units_of(s), matrix, count, out, group_step, step_out, index);
+    }
+  }
+
+  static int64_t units_of(const Source& s) { return ceil_div(s.channels, kChannels<U>); }
+
+  // Voxels in units: in place where channels lie together as units and nothing is pending, else copied. A copy reads
+  // each cache line once; read in place, channels that lie apart may all compete for the same few sets of the cache.
+  const U* read_columns(const Source& s, const T* x, int64_t count, int64_t& lda, int64_t& step) {
+    const int64_t space = s.strides.space[2], channel = s.strides.channel, units = units_of(s);
     U* line = reinterpret_cast<U*>(scratch + at.line);
     if (channel == 1) {
       step = 1;
-      if (sizeof(T) * kChannels<U> == sizeof(U) && g.in_channels % kChannels<U> == 0 && space % kChannels<U> == 0) {
+      if (!s.pending() && sizeof(T) * kChannels<U> == sizeof(U) && s.channels % kChannels<U> == 0 &&
+          space % kChannels<U> == 0) {
         lda = space / kChannels<U>;
         return reinterpret_cast<const U*>(x);
       }
-      lda = in_units;
-      for (int64_t j = 0; j < count; ++j) gather(x + j * space, line + j * lda);
+      lda = units;
+      if (s.pending()) {
+        activate(s, x, count, line, lda);
+      } else {
+        for (int64_t j = 0; j < count; ++j) gather(x + j * space, s.channels, line + j * lda);
+      }
       return line;
     }
     lda = 1;
     step = kColumns + 16;
-    for (int64_t k = 0; k < in_units; ++k, line += step) {
+    for (int64_t k = 0; k < units; ++k, line += step) {
       const T* from = x + k * kChannels<U> * channel;
-      const bool alone = (k + 1) * kChannels<U> > g.in_channels;
+      const bool alone = (k + 1) * kChannels<U> > s.channels;
       interleave(from, alone ? nullptr : from + channel, space, count, line);
     }
     return reinterpret_cast<U*>(scratch + at.line);
   }
 
+  // The norm and LeakyReLU that a source still has before it, on channels c to c + LANES. A NaN stays one.
+  TUCKER_INLINE Vec activated(const Source& s, int64_t c, Vec value) const {
+    if (s.scale) value = value * load(s.scale + n * s.channels + c);
+    if (s.shift) value = value + load(s.shift + n * s.channels + c);
+    return value > 0 ? value : value * s.slope;
+  }
+
+  // The same on the last `count` channels, the others zero.
+  TUCKER_INLINE Vec activated(const Source& s, int64_t c, const T* x, int64_t count) const {
+    float lanes[LANES] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      float value = to_float(x[c + i]);
+      if (s.scale) value = value * s.scale[n * s.channels + c + i];
+      if (s.shift) value = value + s.shift[n * s.channels + c + i];
+      lanes[i] = value > 0 ? value : value * s.slope;
+    }
+    return load(lanes);
+  }
+
+  void activate(const Source& s, const T* x, int64_t count, U* line, int64_t lda) const {
+    for (int64_t j = 0; j < count; ++j, x += s.strides.space[2], line += lda) {
+      int64_t c = 0;
+      for (; c + LANES <= s.channels; c += LANES) store(line + c / kChannels<U>, activated(s, c, load(x + c)));
+      if (c == s.channels) continue;
+      U rest[kUnits<U>];
+      store(rest, activated(s, c, x, s.channels - c));
+      for (int64_t i = 0; c + i * kChannels<U> < s.channels; ++i) line[c / kChannels<U> + i] = rest[i];
+    }
+  }
+
+  // Without a first stage: values as they are, in groups.
+  template <class S>
+  void copy_columns(const Source& s, const T* x, int64_t count, S* out) const {
+    for (int64_t c = 0; c < s.channels; c += LANES, out += group_stride<S>()) {
+      const T* from = x;
+      for (int64_t j = 0; j < count; ++j, from += s.strides.space[2]) {
+        const int64_t left = s.channels - c;
+        store(out + j * kUnits<S>, left >= LANES ? activated(s, c, load(from + c)) : activated(s, c, from, left));
+      }
+    }
+  }
+
   // All channels of one voxel.
-  void gather(const T* x, float* out) const { widen(x, g.in_channels, out); }
-  void gather(const bfloat16* x, Pair* out) const {
-    out[in_units - 1].bits = 0;
-    __builtin_memcpy(out, x, g.in_channels * sizeof(bfloat16));
+  static void gather(const T* x, int64_t channels, float* out) { widen(x, channels, out); }
+  static void gather(const bfloat16* x, int64_t channels, Pair* out) {
+    out[(channels - 1) / 2].bits = 0;
+    __builtin_memcpy(out, x, channels * sizeof(bfloat16));
   }
 
   // One unit of channels, `space` apart: the second channel is null where there is none.
@@ -199,19 +282,29 @@ struct Worker {
       out[j].bits = first[j * space].bits | (second ? static_cast<uint32_t>(second[j * space].bits) << 16 : 0);
   }
 
+  // Source `index` adds to what those before it left; the first one starts from in_bias.
   template <int LDA, class S>
-  void reduce_columns(const U* a, int64_t lda, int64_t step, int64_t count, S* out) {
-    const int64_t group_step = group_stride<S>();
+  void reduce_columns(const U* a, int64_t lda, int64_t step, int64_t units, const float* matrix, int64_t count, S* out,
+                      int64_t group_step, int64_t step_out, int64_t index) {
     channel_blocks(g.rank_in, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
-      const float* w = p.u_in + c * in_units;
+      const float* w = matrix + c * units;
       S* group = out + c / LANES * group_step;
       voxel_blocks<NV>(0, count, [&](auto mr, int64_t col) {
         constexpr int MR = decltype(mr)::value;
         Vec acc[MR][NV] = {};
-        accumulate<MR, NV, LDA>(acc, a + col * lda, lda, step, in_units, w);
+        S* to = group + col * step_out;
+        if (index) {
+          if constexpr (kChannels<S> == 1)
+            for (int v = 0; v < NV; ++v)
+              for (int j = 0; j < MR; ++j) acc[j][v] = load(to + v * group_step + j * step_out);
+        } else if (p.in_bias) {
+          for (int v = 0; v < NV; ++v)
+            for (int j = 0; j < MR; ++j) acc[j][v] = load(p.in_bias + c + v * LANES);
+        }
+        accumulate<MR, NV, LDA>(acc, a + col * lda, lda, step, units, w);
         for (int v = 0; v < NV; ++v)
-          for (int j = 0; j < MR; ++j) store(group + v * group_step + (col + j) * kUnits<S>, acc[j][v]);
+          for (int j = 0; j < MR; ++j) store(to + v * group_step + j * step_out, acc[j][v]);
       });
     });
   }
@@ -396,7 +489,7 @@ struct Worker {
                               z_plane() + i * M * z_row + (group * z_cols + j * M) * kUnits<U>, z_row);
   }
 
-  // Third stage: u_out · z + bias, to memory.
+  // Third stage: u_out · z + bias, or z + bias, to memory.
   void expand_plane(int64_t depth) {
     const Strides& s = p.y_strides;
     T* y = static_cast<T*>(p.y) + n * s.batch + depth * s.space[0] + row0 * s.space[1] + col0 * s.space[2];
@@ -406,18 +499,19 @@ struct Worker {
         const int64_t count = cols - col < kColumns ? cols - col : kColumns;
         const U* z = z_plane() + row * z_row + col * kUnits<U>;
         if (s.channel == 1) {
-          expand_columns(z, count, y + col * s.space[2], s.space[2], 1);
+          expand_columns(z, count, y + col * s.space[2], s.space[2], 1, row * cols + col);
         } else {
-          expand_columns(z, count, line, LANES, kColumns);
+          expand_columns(z, count, line, LANES, kColumns, row * cols + col);
           write_columns(line, count, y + col * s.space[2]);
         }
       }
     }
   }
 
-  // Column j of channel c, a multiple of LANES, goes to out + j · column + c · channel.
+  // Column j of channel c, a multiple of LANES, goes to out + j · column + c · channel. `seen`: voxels before these.
   template <class Out>
-  TUCKER_INLINE void expand_columns(const U* z, int64_t count, Out* out, int64_t column, int64_t channel) {
+  TUCKER_INLINE void expand_columns(const U* z, int64_t count, Out* out, int64_t column, int64_t channel,
+                                    int64_t seen) {
     const int64_t out_channels = g.out_channels, units = rank_out_units, group = z_cols * kUnits<U>;
     channel_blocks(out_channels, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
@@ -431,7 +525,15 @@ struct Worker {
         Vec acc[MR][NV];
         for (int j = 0; j < MR; ++j)
           for (int v = 0; v < NV; ++v) acc[j][v] = bias[v];
-        accumulate_groups<MR, NV, kUnits<U>>(acc, z + col * kUnits<U>, kUnits<U>, group, units, w);
+        if constexpr (kChannels<U> == 1) {
+          if (!p.u_out) {
+            const U* from = z + c / LANES * group + col * kUnits<U>;
+            for (int j = 0; j < MR; ++j)
+              for (int v = 0; v < NV; ++v) acc[j][v] += load(from + v * group + j * kUnits<U>);
+          }
+        }
+        if (p.u_out) accumulate_groups<MR, NV, kUnits<U>>(acc, z + col * kUnits<U>, kUnits<U>, group, units, w);
+        if (p.stats) observe<MR, NV>(acc, c, seen + col);
         Out* to = block + col * column;
         if (whole) {
           for (int j = 0; j < MR; ++j, to += column)
@@ -445,6 +547,39 @@ struct Worker {
         }
       });
     });
+  }
+
+  // Merges MR more values a channel into mean and sum of squared deviations of the `seen` before (Chan, Golub and
+  // LeVeque 1983, eq. 2.1): large common values cancel before anything is squared.
+  template <int MR, int NV>
+  TUCKER_INLINE void observe(const Vec (&values)[MR][NV], int64_t c, int64_t seen) {
+    const float share = static_cast<float>(MR) / static_cast<float>(seen + MR);
+    const float cross = static_cast<float>(seen) * share;
+    for (int v = 0; v < NV; ++v) {
+      float* const at_mean = scratch + at.stats + c + v * LANES;
+      float* const at_m2 = at_mean + p.stats_channels;
+      Vec sum = values[0][v];
+      for (int j = 1; j < MR; ++j) sum += values[j][v];
+      const Vec mean = sum * (1.0f / MR);
+      Vec m2 = {};
+      for (int j = 0; j < MR; ++j) {
+        const Vec deviation = values[j][v] - mean;
+        m2 += deviation * deviation;
+      }
+      if (seen == 0) {
+        store(at_mean, mean);
+        store(at_m2, m2);
+      } else {
+        const Vec before = load(at_mean), delta = mean - before;
+        store(at_mean, before + delta * share);
+        store(at_m2, load(at_m2) + m2 + delta * delta * cross);
+      }
+    }
+  }
+
+  void write_stats(int64_t unit) const {
+    if (p.stats)
+      __builtin_memcpy(p.stats + unit * 2 * p.stats_channels, scratch + at.stats, 2 * p.stats_channels * sizeof(float));
   }
 
   // [group][kColumns][LANES] to channels that lie apart.
@@ -470,7 +605,8 @@ struct Worker {
   // Part `step` of `steps` of what the third stage is about to write and the next unit's first stage to read. The
   // second stage leaves the memory idle, and rows of a tile are too short for the processor to foresee.
   void fetch_ahead(int64_t step, int64_t steps) const {
-    const int64_t rows_needed = reach(1, rows), items = rows + ahead_planes * rows_needed;
+    const int64_t rows_needed = reach(1, rows), rows_ahead = ahead_planes * rows_needed;
+    const int64_t items = rows + p.source_count * rows_ahead;
     for (int64_t item = step * items / steps; item < (step + 1) * items / steps; ++item) {
       if (item < rows) {
         const Strides& s = p.y_strides;
@@ -479,14 +615,15 @@ struct Worker {
         fetch_row<1>(y, s, cols, g.out_channels);
         continue;
       }
-      const Strides& s = p.x_strides;
-      const int64_t d = ahead_plane + (item - rows) / rows_needed;
-      const int64_t h = row0 * g.stride[1] - g.padding[1] + (item - rows) % rows_needed;
+      const Source& source = p.sources[(item - rows) / rows_ahead];
+      if (source.coarse()) continue;
+      const int64_t ahead = (item - rows) % rows_ahead;
+      const int64_t d = ahead_plane + ahead / rows_needed;
+      const int64_t h = row0 * g.stride[1] - g.padding[1] + ahead % rows_needed;
       const int64_t w0 = col0 * g.stride[2] - g.padding[2];
       const int64_t begin = clamp(w0, 0, g.in[2]), end = clamp(w0 + reach(2, cols), 0, g.in[2]);
       if (h < 0 || h >= g.in[1] || begin >= end) continue;
-      const T* x = static_cast<const T*>(p.x) + n * s.batch + d * s.space[0] + h * s.space[1] + begin * s.space[2];
-      fetch_row<0>(x, s, end - begin, g.in_channels);
+      fetch_row<0>(at_voxel(source, d, h, begin), source.strides, end - begin, source.channels);
     }
   }
 
@@ -540,17 +677,18 @@ void run(const OnePass& p, int64_t begin, int64_t end, float* scratch) {
   for (int64_t unit = begin; unit < end; ++unit) {
     if (unit == begin || unit % depths == 0) worker.select_tile(unit / depths);
     worker.compute(unit % depths, unit + 1 == end || (unit + 1) % depths == 0);
+    worker.write_stats(unit);
   }
 }
 
 }  // namespace
 
 #if defined(TUCKER_MATRIX)
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, nullptr, &run<bfloat16, Pair>, true, true};
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, nullptr, nullptr, &run<bfloat16, Pair>, true};
 #elif defined(TUCKER_PAIRS)
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, Pair>, true, false};
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, nullptr, nullptr, &run<bfloat16, Pair>, false};
 #else
-const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, float>, false, false};
+const Kernels TUCKER_KERNELS = {TUCKER_ISA, LANES, &run<float, float>, &run<bfloat16, float>, nullptr, false};
 #endif
 
 }  // namespace tucker_ops::cpu

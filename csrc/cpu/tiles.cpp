@@ -76,8 +76,8 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
   const double rows_read = std::min({t.rows_in, t.rows * g.kernel[1], g.in[1]});
   const double cols_read = std::min(t.cols_in, g.in[2]);
   const double in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
-  const double reduce = rows_read * cols_read * g.stride[0] * in_ranks * g.in_channels / voxels / u.channels;
-  const double expand = static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out / u.channels;
+  const double reduce = !g.reduced ? 0 : rows_read * cols_read * g.stride[0] * in_ranks * g.in_channels / voxels / u.channels;
+  const double expand = !g.expanded ? 0 : static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out / u.channels;
   double core;
   if (t.winograd) {
     const int64_t m = t.winograd, blocks = ceil_div(t.rows, m) * ceil_div(t.cols, m), points = (m + 2) * (m + 2);

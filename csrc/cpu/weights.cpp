@@ -95,19 +95,47 @@ void for_each_block(int64_t channels, int64_t reduction, int64_t lanes, const F&
                               });
 }
 
-Floats pack(const WeightView& weight, const std::vector<size_t>& taps, const Units& u) {
+void pack_into(float* packed, const WeightView& weight, const std::vector<size_t>& taps, const Units& u) {
   const std::vector<Unit> units = reduction_units(weight, taps, u.channels);
   const int64_t channels = weight.sizes[0], reduction = units.size(), stride = weight.strides[0];
-  Floats packed = allocate(packed_floats(channels, reduction, u.lanes));
-  if (!packed) return packed;
   for_each_block(channels, reduction, u.lanes, [&](int64_t c, int64_t count, int64_t width, int64_t begin, int64_t end) {
-    float* out = packed.get() + c * reduction + begin * width;
+    float* out = packed + c * reduction + begin * width;
     for (int64_t i = begin; i < end; ++i, out += width) {
       for (int64_t lane = 0; lane < count; ++lane)
         out[lane] = unit_at(weight, (c + lane) * stride, units[i], u.channels);
       std::fill(out + count, out + width, 0.0f);
     }
   });
+}
+
+Floats pack(const WeightView& weight, const std::vector<size_t>& taps, const Units& u) {
+  int64_t reduction = ceil_div(weight.sizes[1], u.channels);
+  for (size_t axis : taps) reduction *= weight.sizes[axis];
+  Floats packed = allocate(packed_floats(weight.sizes[0], reduction, u.lanes));
+  if (packed) pack_into(packed.get(), weight, taps, u);
+  return packed;
+}
+
+// One matrix, or one for each position of axis 0, reduce_floats apart.
+Floats pack_reduce(const WeightView& weight, const Units& u) {
+  if (weight.sizes.size() == 2) return pack(weight, {}, u);
+  WeightView matrix{weight.data, weight.is_float, {weight.sizes[1], weight.sizes[2]}, {weight.strides[1], weight.strides[2]}};
+  const int64_t floats = reduce_floats(weight, u);
+  Floats packed = allocate(weight.sizes[0] * floats);
+  if (!packed) return packed;
+  for (int64_t i = 0; i < weight.sizes[0]; ++i) {
+    matrix.data = static_cast<const char*>(weight.data) + i * weight.strides[0] * element_bytes(weight);
+    pack_into(packed.get() + i * floats, matrix, {}, u);
+  }
+  return packed;
+}
+
+Floats pack_vector(const WeightView& vector, const Units& u) {
+  const int64_t channels = ceil_div(vector.sizes[0], 2 * u.lanes) * 2 * u.lanes;
+  Floats packed = allocate(channels);
+  if (!packed) return packed;
+  std::fill_n(packed.get(), channels, 0.0f);
+  for (int64_t c = 0; c < vector.sizes[0]; ++c) packed[c] = value_at(vector, c * vector.strides[0]);
   return packed;
 }
 
@@ -156,16 +184,19 @@ Floats pack_core(const WeightView& core, const Units& u, int64_t winograd) {
 
 std::optional<PackedWeights> pack_all(const Weights& weights, const Units& u, int64_t winograd) {
   PackedWeights packed;
-  packed.u_in = pack(weights.u_in, {}, u);
-  packed.core = pack_core(weights.core, u, winograd);
-  packed.u_out = pack(weights.u_out, {}, u);
-  const int64_t channels = ceil_div(weights.u_out.sizes[0], 2 * u.lanes) * 2 * u.lanes;
-  packed.bias = allocate(channels);
-  if (!packed.u_in || !packed.core || !packed.u_out || !packed.bias) return std::nullopt;
-  std::fill_n(packed.bias.get(), channels, 0.0f);
-  if (weights.bias)
-    for (int64_t c = 0; c < weights.bias->sizes[0]; ++c)
-      packed.bias[c] = value_at(*weights.bias, c * weights.bias->strides[0]);
+  bool complete = true;
+  auto keep = [&](Floats floats) {
+    complete = complete && floats;
+    return floats;
+  };
+  for (const WeightView& matrix : weights.reduce) packed.reduce.push_back(keep(pack_reduce(matrix, u)));
+  packed.core = keep(pack_core(weights.core, u, winograd));
+  if (weights.u_out) packed.u_out = keep(pack(*weights.u_out, {}, u));
+  if (weights.in_bias) packed.in_bias = keep(pack_vector(*weights.in_bias, u));
+  const int64_t out_channels = weights.u_out ? weights.u_out->sizes[0] : weights.core.sizes[0];
+  const std::vector<float> zeros(weights.bias ? 0 : out_channels);
+  packed.bias = keep(pack_vector(weights.bias ? *weights.bias : WeightView{zeros.data(), true, {out_channels}, {1}}, u));
+  if (!complete) return std::nullopt;
   return packed;
 }
 
@@ -184,16 +215,20 @@ bool is_dense(const WeightView& weight) {
 }
 
 std::vector<const WeightView*> views(const Weights& weights) {
-  std::vector<const WeightView*> all{&weights.u_in, &weights.core, &weights.u_out};
-  if (weights.bias) all.push_back(weights.bias);
+  std::vector<const WeightView*> all{&weights.core};
+  for (const WeightView& matrix : weights.reduce) all.push_back(&matrix);
+  for (const auto* optional : {&weights.u_out, &weights.in_bias, &weights.bias})
+    if (*optional) all.push_back(&**optional);
   return all;
 }
 
 // What a packed form depends on besides the values.
 std::vector<int64_t> form_of(const Weights& weights, const Units& u, int64_t winograd) {
-  std::vector<int64_t> form{u.lanes, u.channels, winograd};
+  std::vector<int64_t> form{u.lanes, u.channels, winograd, static_cast<int64_t>(weights.reduce.size()),
+                            weights.u_out.has_value(), weights.in_bias.has_value(), weights.bias.has_value()};
   for (const WeightView* view : views(weights)) {
     form.push_back(view->is_float);
+    form.push_back(view->sizes.size());
     for (size_t i = 0; i < view->sizes.size(); ++i) {
       form.push_back(view->sizes[i]);
       form.push_back(view->sizes[i] == 1 ? 0 : view->strides[i]);
@@ -289,12 +324,21 @@ int64_t packed_bytes(const Weights& weights, int64_t lanes, int64_t winograd) {
   int64_t core_reduction = 1;
   for (size_t axis = 1; axis < weights.core.sizes.size(); ++axis) core_reduction *= weights.core.sizes[axis];
   if (winograd) core_reduction = core_reduction / 9 * (winograd + 2) * (winograd + 2);
-  return 4 * (packed_floats(weights.u_in.sizes[0], weights.u_in.sizes[1], lanes) +
-              packed_floats(weights.core.sizes[0], core_reduction, lanes) +
-              packed_floats(weights.u_out.sizes[0], weights.u_out.sizes[1] + 1, lanes));
+  int64_t floats = packed_floats(weights.core.sizes[0], core_reduction + 1, lanes);
+  for (const WeightView& matrix : weights.reduce) {
+    const size_t rows = matrix.sizes.size() - 2;
+    floats += (rows ? matrix.sizes[0] : 1) * packed_floats(matrix.sizes[rows], matrix.sizes[rows + 1] + 1, lanes);
+  }
+  if (weights.u_out) floats += packed_floats(weights.u_out->sizes[0], weights.u_out->sizes[1] + 1, lanes);
+  return 4 * floats;
 }
 
 }  // namespace
+
+int64_t reduce_floats(const WeightView& matrix, const Units& units) {
+  const size_t rows = matrix.sizes.size() - 2;
+  return packed_floats(matrix.sizes[rows], ceil_div(matrix.sizes[rows + 1], units.channels), units.lanes);
+}
 
 Floats allocate(int64_t count) {
   const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(float)), kAlignment) * kAlignment;

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "one_pass.h"
@@ -26,13 +27,18 @@ struct WeightView {
 };
 
 struct Weights {
-  WeightView u_in, core, u_out;
-  const WeightView* bias;  // null if the layer has none
+  std::vector<WeightView> reduce;                // per source [R_in, C] or [positions, R_in, C]; none: no first stage
+  WeightView core;
+  std::optional<WeightView> u_out, in_bias, bias;
 };
 
 struct PackedWeights {
-  Floats u_in, core, u_out, bias;
+  std::vector<Floats> reduce;
+  Floats core, u_out, in_bias, bias;  // u_out and in_bias are null where there is none
 };
+
+// Floats between the packed matrices of one source.
+int64_t reduce_floats(const WeightView& matrix, const Units& units);
 
 // The packed form for `units` and Winograd blocks of `winograd` (see OnePass); null if there is no memory. Pairs are
 // packed from bfloat16 only.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tucker_ops.types import Problem
+from tucker_ops.types import BlockProblem, Problem
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute `tucker_conv`.
+    """One way to compute `tucker_conv` and `tucker_block`.
 
     available: can it run on this machine at all? supports: can it run this problem? prefers: does it
     measure at least as fast as the reference on this kind of problem? run: computes it; called only
     where available and supports say yes, with geometry as one integer per axis. describe: how `run` would go
-    about a problem it supports, for `explain`.
+    about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`, where what
+    is folded in always pays.
     """
 
     name: str
@@ -37,6 +38,8 @@ class Backend:
     prefers: Callable[[Problem], Verdict]
     run: Callable[..., Tensor]
     describe: Callable[[Problem], str]
+    supports_block: Callable[[BlockProblem], Verdict]
+    run_block: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     def can_run(self, problem: Problem) -> Verdict:
         """`supports` on a machine where the backend is available; else why it is not."""

@@ -9,9 +9,11 @@ import torch
 
 from tucker_ops.backends import native
 from tucker_ops.backends.base import Backend, Verdict
-from tucker_ops.types import Problem
+from tucker_ops.ops.block import block_memory_format
+from tucker_ops.types import BlockProblem, Problem
 
 MOST_RING_BYTES = 64 * 2**20
+MOST_SOURCES = 4
 
 # Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
 FEW_VOXELS, LARGE_CORE = 256, 300_000
@@ -27,6 +29,10 @@ def _supports(problem: Problem) -> Verdict:
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
         )
+    return _ring_fits(problem) and _environment_is_known()
+
+
+def _ring_fits(problem: Problem | BlockProblem) -> Verdict:
     # The least a thread holds: the ring for a single output voxel.
     reach = [d * (k - 1) + 1 for d, k in zip(problem.dilation, problem.kernel_size, strict=True)]
     ring = 4 * problem.rank_in * math.prod(reach)
@@ -36,6 +42,10 @@ def _supports(problem: Problem) -> Verdict:
             f"dilation {problem.dilation} spreads the kernel over {ring:,} bytes of intermediate for one voxel, "
             f"more than {MOST_RING_BYTES:,}",
         )
+    return Verdict(True, "the ring fits into a core's cache")
+
+
+def _environment_is_known() -> Verdict:
     if native.isa() not in native.isas():
         return Verdict(
             False,
@@ -100,6 +110,27 @@ def _describe(problem: Problem) -> str:
     return f"{native.isa()} kernels, {core} core, tiles of {rows}×{cols} voxels"
 
 
+def _supports_block(problem: BlockProblem) -> Verdict:
+    if problem.device != "cpu":
+        return Verdict(False, f"tensors are on {problem.device}; this backend computes on the CPU")
+    if problem.dtype not in (torch.float32, torch.bfloat16):
+        return Verdict(
+            False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+        )
+    if problem.expanded:
+        return Verdict(False, "reads no source in rank space yet")
+    if len(problem.channels) > MOST_SOURCES:
+        return Verdict(False, f"reads at most {MOST_SOURCES} sources, not {len(problem.channels)}")
+    return _ring_fits(problem) and _environment_is_known()
+
+
+def _run_block(sources, expand, scale, shift, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layout = block_memory_format(sources[0].dim() - 2, False)
+    sources = [source.contiguous(memory_format=layout) for source in sources]
+    scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
+    return torch.ops.tucker_ops._tucker_block_cpu(sources, expand, scale, shift, *rest)
+
+
 def _run(*args) -> torch.Tensor:
     return torch.ops.tucker_ops._tucker_conv_cpu(*args)
 
@@ -108,5 +139,12 @@ def _run(*args) -> torch.Tensor:
 native.load()
 
 CPU = Backend(
-    name="cpu", available=native.load, supports=_supports, prefers=_prefers, run=_run, describe=_describe
+    name="cpu",
+    available=native.load,
+    supports=_supports,
+    prefers=_prefers,
+    run=_run,
+    describe=_describe,
+    supports_block=_supports_block,
+    run_block=_run_block,
 )

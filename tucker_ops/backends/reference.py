@@ -5,12 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from tucker_ops.backends.base import Backend, Verdict
-from tucker_ops.ops.reference import memory_format, three_convs
+from tucker_ops.ops.block import block_memory_format
+from tucker_ops.ops.reference import block, memory_format, three_convs
 
 
 def _run(input: Tensor, *args) -> Tensor:
     # torch's own choice of layout depends on the library it calls; ours depends on the input alone.
     return three_convs(input, *args).contiguous(memory_format=memory_format(input))
+
+
+def _run_block(*args) -> tuple[Tensor, Tensor, Tensor]:
+    *call, contiguous = args
+    values, mean, m2 = block(*call)
+    return values.contiguous(memory_format=block_memory_format(values.dim() - 2, contiguous)), mean, m2
 
 
 REFERENCE = Backend(
@@ -20,4 +27,6 @@ REFERENCE = Backend(
     prefers=lambda problem: Verdict(True, "the fallback"),
     run=_run,
     describe=lambda problem: "torch's convolution, three times",
+    supports_block=lambda problem: Verdict(True, "runs every block"),
+    run_block=_run_block,
 )

@@ -15,9 +15,10 @@ from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
 from tucker_ops.backends.reference import REFERENCE
 from tucker_ops.errors import BackendError
+from tucker_ops.ops.block import block_problem_of
 from tucker_ops.ops.check import problem_of
 from tucker_ops.ops.schema import LIBRARY
-from tucker_ops.types import Problem
+from tucker_ops.types import BlockProblem, Problem
 
 ORDER: tuple[Backend, ...] = (CPU, REFERENCE)
 
@@ -112,6 +113,26 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
 
 
+def block_verdict(backend: Backend, problem: BlockProblem) -> Verdict:
+    """Can `backend` run this block here?"""
+    return backend.available() and backend.supports_block(problem)
+
+
+def choose_block(problem: BlockProblem, name: str | None = None) -> Backend:
+    """The backend that runs a block: the named one, or the first that can. Raises BackendError as `choose` does."""
+    if name is None:
+        return next(backend for backend in ORDER if block_verdict(backend, problem))
+    for backend in ORDER:
+        if backend.name == name:
+            verdict = block_verdict(backend, problem)
+            if not verdict:
+                raise BackendError(
+                    f"backend {name!r} cannot run this block: {verdict.reason}; leave backend unset"
+                )
+            return backend
+    raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
+
+
 def _verdict(backend: Backend, problem: Problem) -> Verdict:
     return backend.can_run(problem) and backend.prefers(problem)
 
@@ -135,3 +156,48 @@ def _tucker_conv(
 
 
 LIBRARY.impl("tucker_conv", _tucker_conv, "CompositeExplicitAutograd")
+
+
+def _tucker_block(
+    sources,
+    expand,
+    scale,
+    shift,
+    slope,
+    reduce,
+    in_bias,
+    core,
+    stride,
+    padding,
+    dilation,
+    u_out,
+    bias,
+    stats,
+    contiguous,
+    *,
+    backend=None,
+):
+    problem = block_problem_of(
+        sources,
+        expand,
+        scale,
+        shift,
+        slope,
+        reduce,
+        in_bias,
+        core,
+        stride,
+        padding,
+        dilation,
+        u_out,
+        bias,
+        stats,
+    )
+    geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
+    run = choose_block(problem, backend).run_block
+    return run(
+        sources, expand, scale, shift, slope, reduce, in_bias, core, *geometry, u_out, bias, stats, contiguous
+    )
+
+
+LIBRARY.impl("tucker_block", _tucker_block, "CompositeExplicitAutograd")

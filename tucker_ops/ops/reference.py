@@ -33,6 +33,85 @@ def three_convs(
     return conv(z, u_out.reshape(*u_out.shape, *(1,) * ndim), bias)
 
 
+def block(
+    sources: list[Tensor],
+    expand: list[Tensor | None],
+    scale: list[Tensor | None],
+    shift: list[Tensor | None],
+    slope: list[float],
+    reduce: list[Tensor | None],
+    in_bias: Tensor | None,
+    core: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    u_out: Tensor | None,
+    bias: Tensor | None,
+    stats: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `tucker_block` means, one torch operation after the other; see `tucker_ops.fused.block`.
+
+    Computes in float64 if the sources are, else in float32; values are rounded to the sources' dtype at the end.
+    """
+    dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
+    ndim = core.dim() - 2
+    conv = F.conv2d if ndim == 2 else F.conv3d
+    ones = (1,) * ndim
+
+    def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
+        return conv(x, matrix.to(dtype).reshape(*matrix.shape, *ones))
+
+    extents = tuple(max(source.shape[2 + axis] for source in sources) for axis in range(ndim))
+    t = None
+    for x, u, a, b, negative, matrix in zip(sources, expand, scale, shift, slope, reduce, strict=True):
+        value = x.to(dtype)
+        if u is not None:
+            value = pointwise(value, u)
+        if a is not None:
+            value = value * a.to(dtype).reshape(*a.shape, *ones)
+        if b is not None:
+            value = value + b.to(dtype).reshape(*b.shape, *ones)
+        if negative != 1:
+            value = F.leaky_relu(value, negative)
+        if matrix is not None and matrix.dim() == 3:
+            factors = [n // m for n, m in zip(extents, value.shape[2:], strict=True)]
+            value = _upsample(value, matrix.to(dtype), factors)
+        elif matrix is not None:
+            value = pointwise(value, matrix)
+        t = value if t is None else t + value
+    if in_bias is not None:
+        t = t + in_bias.to(dtype).reshape(-1, *ones)
+    values = conv(t, core.to(dtype), None, stride, padding, dilation)
+    if u_out is not None:
+        values = pointwise(values, u_out)
+    if bias is not None:
+        values = values + bias.to(dtype).reshape(-1, *ones)
+    mean, m2 = _statistics(values, stats)
+    return values.to(sources[0].dtype), mean, m2
+
+
+def _upsample(x: Tensor, matrices: Tensor, factors: list[int]) -> Tensor:
+    """A transposed convolution of kernel = stride = factors: matrices [∏factors, R, C], x [N, C, *] to [N, R, *]."""
+    batch, ranks, extents, ndim = x.shape[0], matrices.shape[1], x.shape[2:], len(factors)
+    parts = torch.einsum("src,nc...->nrs...", matrices, x).reshape(batch, ranks, *factors, *extents)
+    order = [0, 1]
+    for axis in range(ndim):
+        order += [2 + ndim + axis, 2 + axis]
+    size = [n * f for n, f in zip(extents, factors, strict=True)]
+    return parts.permute(order).reshape(batch, ranks, *size)
+
+
+def _statistics(values: Tensor, stats: str) -> tuple[Tensor, Tensor]:
+    """Mean [N, C] and M2 [N, C], the sum of squared deviations; empty [N, 0] without stats."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    if stats == "none":
+        empty = wide.new_empty(values.shape[0], 0)
+        return empty, empty.clone()
+    flat = wide.flatten(2).double()
+    mean = flat.mean(2)
+    return mean.to(wide.dtype), (flat - mean.unsqueeze(2)).square().sum(2).to(wide.dtype)
+
+
 def memory_format(tensor: Tensor) -> torch.memory_format:
     """The layout that the op's output takes from its input: channels-last if the input is, else contiguous."""
     channels_last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d

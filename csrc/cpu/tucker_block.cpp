@@ -1,0 +1,144 @@
+// tucker_ops::_tucker_block_cpu: a convolution with the norm and activation before it and statistics for the one after.
+//
+// Arguments have been checked in Python; the checks here only guard callers that reach the op without it.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <string>
+#include <tuple>
+
+#include "execute.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace tucker_ops::cpu {
+namespace {
+
+constexpr const char* kOp = "tucker_ops::_tucker_block_cpu";
+using Optionals = std::vector<std::optional<Tensor>>;
+
+std::vector<int64_t> extents_of(const Tensor& tensor) {
+  std::vector<int64_t> extents;
+  for (int64_t axis = 2; axis < tensor.dim(); ++axis) extents.push_back(tensor.size(axis));
+  return extents;
+}
+
+// [N, C] float32 for every source that has one.
+const float* pending(const std::optional<Tensor>& tensor, int64_t batch, int64_t channels) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_cpu() && tensor->dim() == 2 &&
+                      tensor->size(0) == batch && tensor->size(1) == channels && tensor->is_contiguous(),
+                  kOp, ": scale and shift must be contiguous float32 [N, C]");
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Optionals expand, Optionals scale,
+                                                Optionals shift, std::vector<double> slope, Optionals reduce,
+                                                std::optional<Tensor> in_bias, const Tensor& core,
+                                                std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                std::vector<int64_t> dilation, std::optional<Tensor> u_out,
+                                                std::optional<Tensor> bias, std::string stats, bool contiguous) {
+  const int64_t ndim = core.dim() - 2, count = sources.size();
+  STD_TORCH_CHECK(count > 0 && count <= kMostSources && static_cast<int64_t>(scale.size()) == count &&
+                      static_cast<int64_t>(shift.size()) == count && static_cast<int64_t>(slope.size()) == count &&
+                      static_cast<int64_t>(reduce.size()) == count && static_cast<int64_t>(expand.size()) == count,
+                  kOp, ": takes 1 to ", kMostSources, " sources and as many of what belongs to them");
+  STD_TORCH_CHECK((ndim == 2 || ndim == 3) && static_cast<int64_t>(stride.size()) == ndim &&
+                      static_cast<int64_t>(padding.size()) == ndim && static_cast<int64_t>(dilation.size()) == ndim,
+                  kOp, ": geometry must have the core's 2 or 3 spatial axes");
+  const ScalarType dtype = core.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, kOp, ": computes float32 and bfloat16");
+
+  OnePass pass{};
+  Geometry& g = pass.g;
+  g.batch = sources[0].size(0);
+  g.rank_in = core.size(1);
+  g.rank_out = core.size(0);
+  g.reduced = reduce[0].has_value();
+  g.expanded = u_out.has_value();
+  g.out_channels = u_out ? u_out->size(0) : g.rank_out;
+  std::vector<int64_t> in(ndim, 0), kernel = extents_of(core);
+  for (const Tensor& source : sources) {
+    STD_TORCH_CHECK(source.dim() == ndim + 2 && source.size(0) == g.batch && source.scalar_type() == dtype && source.is_cpu(),
+                    kOp, ": sources must have the core's axes, dtype and device, and one batch");
+    for (int64_t axis = 0; axis < ndim; ++axis) in[axis] = std::max(in[axis], source.size(2 + axis));
+  }
+  set_geometry(g, kOp, in, kernel, stride, padding, dilation);
+
+  Weights weights{{}, view_of(core), std::nullopt, std::nullopt, std::nullopt};
+  for (int64_t i = 0; i < count; ++i) {
+    const Tensor& tensor = sources[i];
+    Source& source = pass.sources[i];
+    source = {tensor.const_data_ptr(), strides_of(tensor, ndim), tensor.size(1), {1, 1, 1}, nullptr, nullptr, 1.0f, nullptr, 0};
+    g.in_channels += source.channels;
+    int64_t positions = 1;
+    for (int64_t axis = 0; axis < ndim; ++axis) {
+      const int64_t extent = tensor.size(2 + axis), factor = extent > 0 ? in[axis] / extent : 0;
+      STD_TORCH_CHECK(factor * extent == in[axis], kOp, ": extents of a source must be a whole fraction of the input's");
+      source.factor[3 - ndim + axis] = factor;
+      positions *= factor;
+    }
+    STD_TORCH_CHECK((source.strides.channel == 1 || source.channels == 1) && !expand[i], kOp,
+                    ": sources must be channels-last and not in rank space");
+    // A single channel is contiguous whatever its stride says.
+    source.strides.channel = 1;
+    source.scale = pending(scale[i], g.batch, source.channels);
+    source.shift = pending(shift[i], g.batch, source.channels);
+    source.slope = static_cast<float>(slope[i]);
+    STD_TORCH_CHECK(reduce[i].has_value() == g.reduced && (g.reduced || (count == 1 && source.channels == g.rank_in)), kOp,
+                    ": every source needs a reduce, or the only one the core's channels");
+    if (!reduce[i]) continue;
+    const Tensor& matrix = *reduce[i];
+    const int64_t rows = matrix.dim() - 2;
+    STD_TORCH_CHECK((rows == 0 || rows == 1) && (rows == 0 ? 1 : matrix.size(0)) == positions &&
+                        matrix.size(rows) == g.rank_in && matrix.size(rows + 1) == source.channels &&
+                        matrix.scalar_type() == dtype && matrix.is_cpu(),
+                    kOp, ": reduce must be [R_in, C] or, for a source at a fraction of the extents, [positions, R_in, C]");
+    weights.reduce.push_back(view_of(matrix));
+  }
+  auto vector_of = [&](const std::optional<Tensor>& tensor, int64_t length) -> std::optional<WeightView> {
+    if (!tensor) return std::nullopt;
+    STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == length && tensor->scalar_type() == dtype && tensor->is_cpu(), kOp,
+                    ": in_bias must be [R_in] and bias [C_out], in the sources' dtype");
+    return view_of(*tensor);
+  };
+  weights.in_bias = vector_of(in_bias, g.rank_in);
+  weights.bias = vector_of(bias, g.out_channels);
+  if (u_out) {
+    STD_TORCH_CHECK(u_out->dim() == 2 && u_out->size(1) == g.rank_out && u_out->scalar_type() == dtype && u_out->is_cpu(), kOp,
+                    ": u_out must be [C_out, R_out]");
+    weights.u_out = view_of(*u_out);
+  }
+  STD_TORCH_CHECK(g.in_channels > 0 && g.rank_in > 0 && g.rank_out > 0 && g.out_channels > 0, kOp,
+                  ": channels and ranks must be at least 1");
+
+  const MemoryFormat channels_last = ndim == 2 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  Tensor output = torch::stable::empty(output_size(g, ndim), dtype, std::nullopt, std::nullopt, std::nullopt,
+                                       contiguous ? MemoryFormat::Contiguous : channels_last);
+  const bool wanted = stats != "none";
+  const std::vector<int64_t> size{g.batch, wanted ? g.out_channels : 0};
+  Tensor mean = torch::stable::empty(size, ScalarType::Float), m2 = torch::stable::empty(size, ScalarType::Float);
+  if (output.numel() == 0) return {output, mean, m2};
+  advise_huge_pages(output.mutable_data_ptr(), output.numel() * (dtype == ScalarType::Float ? 4 : 2));
+
+  pass.source_count = count;
+  pass.y = output.mutable_data_ptr();
+  pass.y_strides = strides_of(output, ndim);
+  std::optional<Statistics> statistics;
+  if (wanted)
+    statistics = {static_cast<float*>(mean.mutable_data_ptr()), static_cast<float*>(m2.mutable_data_ptr())};
+  execute(kOp, pass, weights, dtype == ScalarType::BFloat16, statistics);
+  return {output, mean, m2};
+}
+
+}  // namespace
+}  // namespace tucker_ops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(tucker_ops, CPU, m) {
+  m.impl("_tucker_block_cpu", TORCH_BOX(&tucker_ops::cpu::tucker_block));
+}

@@ -1,0 +1,235 @@
+"""Schema, fake and checks of `tucker_ops::tucker_block`, the unit that a fused network is made of.
+
+Inference only: it has no derivative and says so. See DESIGN of the op in `tucker_ops.fused`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tucker_ops.errors import DeviceError, DtypeError, RankError, ShapeError, TuckerOpsError
+from tucker_ops.ops.check import DTYPES, check_tensors, ntuple
+from tucker_ops.ops.schema import LIBRARY
+from tucker_ops.types import BlockProblem
+
+STATS = ("none", "channel")
+
+_SOURCES = (
+    "Tensor[] sources, Tensor?[] expand, Tensor?[] scale, Tensor?[] shift, float[] slope, Tensor?[] reduce"
+)
+_REST = "Tensor? u_out, Tensor? bias, str stats, bool contiguous"
+_RETURNS = "(Tensor values, Tensor mean, Tensor m2)"
+
+LIBRARY.define(
+    f"tucker_block({_SOURCES}, Tensor? in_bias, Tensor core, SymInt[] stride, SymInt[] padding, SymInt[] dilation, "
+    f"{_REST}, *, str? backend=None) -> {_RETURNS}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    f"_tucker_block_cpu({_SOURCES}, Tensor? in_bias, Tensor core, int[] stride, int[] padding, int[] dilation, "
+    f"{_REST}) -> {_RETURNS}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def block_problem_of(
+    sources, expand, scale, shift, slope, reduce, in_bias, core, stride, padding, dilation, u_out, bias, stats
+) -> BlockProblem:
+    """The `BlockProblem` these arguments describe; ShapeError, RankError, DtypeError or DeviceError if they do
+    not fit together.
+    """
+    lists = {"expand": expand, "scale": scale, "shift": shift, "slope": slope, "reduce": reduce}
+    if not sources:
+        raise ShapeError("tucker_block needs at least one source, got none")
+    for name, values in lists.items():
+        if len(values) != len(sources):
+            raise ShapeError(
+                f"{name} has {len(values)} entries for {len(sources)} sources: give one for each"
+            )
+    if stats not in STATS:
+        raise ShapeError(f"stats must be one of {STATS}, got {stats!r}")
+    ndim = core.dim() - 2
+    if ndim not in (2, 3):
+        raise ShapeError(
+            f"core must be [R_out, R_in, *kernel] with 2 or 3 kernel axes, got {tuple(core.shape)}"
+        )
+    rank_out, rank_in = core.shape[:2]
+    first = sources[0]
+    for i, source in enumerate(sources):
+        if source.dim() != ndim + 2 or source.shape[0] != first.shape[0]:
+            raise ShapeError(
+                f"source {i} must be [N, C, *spatial] with {ndim} spatial axes and N = {first.shape[0]}, got "
+                f"{tuple(source.shape)}"
+            )
+    size = tuple(max(source.shape[2 + axis] for source in sources) for axis in range(ndim))
+    channels, factors = [], []
+    for i, source in enumerate(sources):
+        c = source.shape[1] if expand[i] is None else expand[i].shape[0]
+        if expand[i] is not None and tuple(expand[i].shape) != (c, source.shape[1]):
+            raise ShapeError(
+                f"expand of source {i} must be [C, {source.shape[1]}], got {tuple(expand[i].shape)}"
+            )
+        for name, given in (("scale", scale[i]), ("shift", shift[i])):
+            if given is not None and tuple(given.shape) != (first.shape[0], c):
+                raise ShapeError(
+                    f"{name} of source {i} must be [N, C] = [{first.shape[0]}, {c}], got {tuple(given.shape)}"
+                )
+        factors.append(_factor(i, source, reduce[i], size))
+        _check_reduce(i, reduce[i], factors[-1], c, rank_in, len(sources))
+        channels.append(c)
+    out_channels = rank_out if u_out is None else u_out.shape[0]
+    if u_out is not None and tuple(u_out.shape) != (out_channels, rank_out):
+        raise ShapeError(f"u_out must be [C_out, R_out = {rank_out}], got {tuple(u_out.shape)}")
+    for name, vector, length in (("in_bias", in_bias, rank_in), ("bias", bias, out_channels)):
+        if vector is not None and tuple(vector.shape) != (length,):
+            raise ShapeError(f"{name} must be [{length}], got {tuple(vector.shape)}")
+    if min(rank_in, rank_out, out_channels, *channels) < 1:
+        raise RankError(f"ranks and channels must be at least 1, got core {tuple(core.shape)}")
+
+    weights = [t for t in (*expand, *reduce, in_bias, core, u_out, bias) if t is not None]
+    check_tensors(**{f"tensor {i}": t for i, t in enumerate((*sources, *weights))})
+    dtypes = {t.dtype for t in (*sources, *weights)}
+    if len(dtypes) != 1 or first.dtype not in DTYPES:
+        raise DtypeError(
+            f"sources and weights must have one dtype of {[str(d) for d in DTYPES]}, got {dtypes}: convert with .to"
+        )
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    pending = [t for t in (*scale, *shift) if t is not None]
+    if any(t.dtype != wide for t in pending):
+        raise DtypeError(
+            f"scale and shift must be {wide} for {first.dtype} sources, got {[t.dtype for t in pending]}"
+        )
+    devices = {str(t.device) for t in (*sources, *weights, *pending)}
+    if len(devices) != 1:
+        raise DeviceError(f"all tensors must be on one device, got {devices}: move them with .to(device)")
+    problem = BlockProblem(
+        batch=first.shape[0],
+        channels=tuple(channels),
+        factors=tuple(factors),
+        rank_in=rank_in,
+        rank_out=rank_out,
+        out_channels=out_channels,
+        input_size=size,
+        kernel_size=tuple(core.shape[2:]),
+        stride=tuple(ntuple(stride, ndim, "stride", 1)),
+        padding=tuple(ntuple(padding, ndim, "padding", 0)),
+        dilation=tuple(ntuple(dilation, ndim, "dilation", 1)),
+        dtype=first.dtype,
+        device=first.device.type,
+        reduced=reduce[0] is not None,
+        expanded=any(u is not None for u in expand),
+        u_out=u_out is not None,
+        stats=stats,
+    )
+    if min(*problem.kernel_size, *size) < 1 or min(problem.output_size) < 1:
+        raise ShapeError(
+            f"kernel {problem.kernel_size} with dilation {problem.dilation} does not fit into input {size} padded by "
+            f"{problem.padding}: the output would be {problem.output_size}; pad more"
+        )
+    return problem
+
+
+def _factor(i: int, source: Tensor, matrix: Tensor | None, size) -> tuple[int, ...]:
+    extents = tuple(source.shape[2:])
+    if matrix is None or matrix.dim() == 2:
+        if extents != size:
+            raise ShapeError(
+                f"source {i} has extents {extents}, others {size}; give it [∏s, R_in, C] matrices"
+            )
+        return (1,) * len(size)
+    factor = tuple(n // m if m else 0 for n, m in zip(size, extents, strict=True))
+    if any(f * m != n or f < 1 for f, m, n in zip(factor, extents, size, strict=True)):
+        raise ShapeError(
+            f"source {i} of extents {extents} is no whole fraction of {size}: give a source at full extents beside it"
+        )
+    return factor
+
+
+def _check_reduce(i, matrix, factor, channels, rank_in, count) -> None:
+    if matrix is None:
+        if count != 1 or channels != rank_in:
+            raise ShapeError(
+                f"source {i} has no reduce: it must be the only one and have the core's {rank_in} channels, got "
+                f"{channels} of {count} sources"
+            )
+        return
+    expected = (rank_in, channels)
+    if matrix.dim() == 3:
+        expected = (math.prod(factor), *expected)
+    if tuple(matrix.shape) != expected:
+        raise ShapeError(f"reduce of source {i} must be {list(expected)}, got {list(matrix.shape)}")
+
+
+def block_memory_format(ndim: int, contiguous: bool) -> torch.memory_format:
+    """Layout of the values: channels-last, unless the caller asks for contiguous ones."""
+    if contiguous:
+        return torch.contiguous_format
+    return torch.channels_last if ndim == 2 else torch.channels_last_3d
+
+
+def _empty_outputs(
+    sources,
+    expand,
+    scale,
+    shift,
+    slope,
+    reduce,
+    in_bias,
+    core,
+    stride,
+    padding,
+    dilation,
+    u_out,
+    bias,
+    stats,
+    contiguous,
+):
+    problem = block_problem_of(
+        sources,
+        expand,
+        scale,
+        shift,
+        slope,
+        reduce,
+        in_bias,
+        core,
+        stride,
+        padding,
+        dilation,
+        u_out,
+        bias,
+        stats,
+    )
+    like = sources[0]
+    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    values = torch.empty(
+        (problem.batch, problem.out_channels, *problem.output_size),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=block_memory_format(problem.ndim, contiguous),
+    )
+    size = (problem.batch, problem.out_channels if stats == "channel" else 0)
+    return values, values.new_empty(size, dtype=wide), values.new_empty(size, dtype=wide)
+
+
+@torch.library.register_fake("tucker_ops::tucker_block", lib=LIBRARY)
+def _(*args, backend=None):
+    return _empty_outputs(*args)
+
+
+@torch.library.register_fake("tucker_ops::_tucker_block_cpu", lib=LIBRARY)
+def _(*args):
+    return _empty_outputs(*args)
+
+
+def _no_backward(ctx, *grads):
+    raise TuckerOpsError(
+        "tucker_block has no derivative: it computes inference. Call the network in training mode, or without "
+        "torch.no_grad, through its own modules"
+    )
+
+
+torch.library.register_autograd("tucker_ops::tucker_block", _no_backward, lib=LIBRARY)
