@@ -29,9 +29,6 @@ struct Source {
   float slope;                 // of the LeakyReLU after it; 1 if there is none
   const float* reduce;         // packed matrices, `reduce_floats` apart; null: the values are the first stage's output
   int64_t reduce_floats;
-
-  bool pending() const { return scale || shift || slope != 1.0f; }
-  bool coarse() const { return factor[0] * factor[1] * factor[2] > 1; }
 };
 constexpr int64_t kMostSources = 4;
 
@@ -74,6 +71,9 @@ struct Units {
 
 // static: a copy of these compiled with wider instructions must stay in its object file.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline bool is_pending(const Source& s) { return s.scale || s.shift || s.slope != 1.0f; }
+static inline bool is_coarse(const Source& s) { return s.factor[0] * s.factor[1] * s.factor[2] > 1; }
 
 // Floats in the packed form of a weight with `channels` outputs and a reduction over `reduction` values.
 static inline int64_t packed_floats(int64_t channels, int64_t reduction, int64_t lanes) {

@@ -143,7 +143,7 @@ struct Worker {
   template <class S>
   void read_sources(int64_t d, int64_t h, int64_t w, int64_t count, S* out) {
     const Source& s = p.sources[0];
-    if (p.source_count == 1 && !s.coarse()) {
+    if (p.source_count == 1 && !is_coarse(s)) {
       const T* x = at_voxel(s, d, h, w);
       if (!s.reduce) return copy_columns(s, x, count, out);
       return reduce_source(s, s.reduce, x, count, out, group_stride<S>(), kUnits<S>, 0);
@@ -199,13 +199,13 @@ struct Worker {
     U* line = reinterpret_cast<U*>(scratch + at.line);
     if (channel == 1) {
       step = 1;
-      if (!s.pending() && sizeof(T) * kChannels<U> == sizeof(U) && s.channels % kChannels<U> == 0 &&
+      if (!is_pending(s) && sizeof(T) * kChannels<U> == sizeof(U) && s.channels % kChannels<U> == 0 &&
           space % kChannels<U> == 0) {
         lda = space / kChannels<U>;
         return reinterpret_cast<const U*>(x);
       }
       lda = units;
-      if (s.pending()) {
+      if (is_pending(s)) {
         activate(s, x, count, line, lda);
       } else {
         for (int64_t j = 0; j < count; ++j) gather(x + j * space, s.channels, line + j * lda);
@@ -616,7 +616,7 @@ struct Worker {
         continue;
       }
       const Source& source = p.sources[(item - rows) / rows_ahead];
-      if (source.coarse()) continue;
+      if (is_coarse(source)) continue;
       const int64_t ahead = (item - rows) % rows_ahead;
       const int64_t d = ahead_plane + ahead / rows_needed;
       const int64_t h = row0 * g.stride[1] - g.padding[1] + ahead % rows_needed;
