@@ -1,0 +1,88 @@
+"""What a fused network computes beside its blocks: norms from statistics, weights multiplied together."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def instance_norm_affine(
+    values: Tensor, mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """scale and shift [N, C] that InstanceNorm applies to `values` [N, C, *] of these statistics [N, C].
+
+    Variance is M2 / n, as in torch (biased). Raises torch's own ValueError for a single voxel per channel.
+    """
+    count = math.prod(values.shape[2:])
+    if count == 1:
+        F.instance_norm(values)
+    scale = torch.rsqrt((m2 / count).clamp_min(0) + eps)
+    if weight is not None:
+        scale = scale * weight.to(scale.dtype)
+    shift = -mean * scale
+    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+
+
+def batch_norm_affine(
+    values: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """scale and shift [N, C] that BatchNorm applies at evaluation, from its running statistics [C]."""
+    dtype = _wide(values.dtype)
+    scale = torch.rsqrt(var.to(dtype) + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    shift = -mean.to(dtype) * scale
+    if bias is not None:
+        shift = shift + bias.to(dtype)
+    size = (values.shape[0], scale.shape[0])
+    return scale.expand(size).contiguous(), shift.expand(size).contiguous()
+
+
+def apply_pending(values: Tensor, scale: Tensor | None, shift: Tensor | None, slope: float) -> Tensor:
+    """LeakyReLU(values · scale + shift) as a tensor of its own, for a module that reads no pending values."""
+    ones = (1,) * (values.dim() - 2)
+    result = values.to(_wide(values.dtype))
+    if scale is not None:
+        result = torch.addcmul(shift.reshape(*shift.shape, *ones), result, scale.reshape(*scale.shape, *ones))
+    if slope != 1:
+        result = F.leaky_relu(result, slope)
+    return result.to(values.dtype)
+
+
+def identity(weight: Tensor) -> Tensor:
+    """u_in [C, C] of a dense convolution's weight [C_out, C, *kernel]."""
+    return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def columns(u_in: Tensor, begin: int, end: int) -> Tensor:
+    """The part of u_in [R_in, C] that multiplies channels begin to end of a concatenation."""
+    return u_in[:, begin:end].contiguous()
+
+
+def tucker_weight(u_in: Tensor, core: Tensor, u_out: Tensor) -> Tensor:
+    """The kernel [C_in, C_out, *kernel] of a factorised transposed convolution."""
+    product = torch.einsum("si,sr...,or->io...", *(t.to(_wide(t.dtype)) for t in (u_in, core, u_out)))
+    return product.to(core.dtype)
+
+
+def upsampling(u_in: Tensor, begin: int, end: int, weight: Tensor) -> Tensor:
+    """u_in [R_in, C] times a transposed convolution [C_below, C_up, *s] whose output is channels begin to end.
+
+    Returns [∏s, R_in, C_below]: one matrix for every position within the stride.
+    """
+    dtype = _wide(weight.dtype)
+    part = u_in[:, begin:end].to(dtype)
+    return torch.einsum("ru,cus->src", part, weight.to(dtype).flatten(2)).to(weight.dtype).contiguous()
+
+
+def carried_bias(u_in: Tensor, begin: int, end: int, bias: Tensor, before: Tensor | None) -> Tensor:
+    """The transposed convolution's bias [C_up] behind u_in: [R_in], added to `before`."""
+    carried = (u_in[:, begin:end].to(_wide(bias.dtype)) @ bias.to(_wide(bias.dtype))).to(bias.dtype)
+    return carried if before is None else before + carried

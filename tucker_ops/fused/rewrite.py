@@ -1,0 +1,369 @@
+"""Rewrites a traced network into blocks.
+
+Every value of the old graph is kept as what it will cost least to read: a tensor, a tensor with a norm and an
+activation pending, an upsampling of one, or a concatenation of those. Convolutions read all of them; for any other
+reader the value becomes a tensor first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from tucker_ops.errors import ConversionError
+from tucker_ops.fused import arithmetic
+from tucker_ops.nn import _TuckerConv, spec_of
+
+_BLOCK = torch.ops.tucker_ops.tucker_block.default
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one module: fused, or left as it was, and why."""
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pending:
+    """values, a norm (scale and shift, or none) and a LeakyReLU (slope, 1 for none) that its reader applies."""
+
+    values: fx.Node
+    scale: fx.Node | None = None
+    shift: fx.Node | None = None
+    slope: float = 1.0
+    mean: fx.Node | None = None
+    m2: fx.Node | None = None
+
+    @property
+    def is_raw(self) -> bool:
+        return self.scale is None and self.slope == 1.0
+
+
+@dataclass(frozen=True)
+class Upsampled:
+    """A transposed convolution whose kernel equals its stride, not computed yet."""
+
+    below: Pending
+    module: nn.Module
+    target: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """Values side by side along channels."""
+
+    parts: tuple[Pending | Upsampled, ...]
+    channels: tuple[int, ...]
+
+
+Value = Pending | Upsampled | Concatenated
+
+
+class _Tracer(fx.Tracer):
+    """Sees our convolutions as leaves, like torch's own modules."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _TuckerConv) or super().is_leaf_module(module, name)
+
+
+def trace(model: nn.Module) -> fx.Graph:
+    """The graph of `model`'s forward; ConversionError, with the reason, where torch.fx cannot follow it."""
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # whatever the model's code raises on symbolic values
+        first = str(error).splitlines()[0] if str(error) else ""
+        raise ConversionError(
+            f"torch.fx cannot follow the forward of {type(model).__name__} ({type(error).__name__}: {first})"
+        ) from error
+
+
+@dataclass
+class Rewriter:
+    """One rewrite of `old`, the graph of `model`, into `new`."""
+
+    model: nn.Module
+    old: fx.Graph
+    new: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[fx.Node, Value | tuple | list | object] = field(default_factory=dict)
+    channels: dict[fx.Node, int] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    tensors: dict[Value, fx.Node] = field(default_factory=dict)
+
+    def run(self) -> fx.Graph:
+        for node in self.old.nodes:
+            if node.op == "output":
+                self.new.output(fx.map_arg(node.args[0], self.tensor_of))
+            else:
+                self.values[node] = self.rewrite(node)
+        self.new.eliminate_dead_code()
+        self.new.lint()
+        return self.new
+
+    def rewrite(self, node: fx.Node) -> Value | fx.Node:
+        if node.op == "call_module":
+            module = self.model.get_submodule(node.target)
+            for kinds, rule in _MODULES:
+                if isinstance(module, kinds) and not node.kwargs and len(node.args) == 1:
+                    if module._forward_hooks or module._forward_pre_hooks:
+                        self.left(node, module, "has forward hooks, which would not run")
+                        break
+                    value = rule(self, node, module, self.values[node.args[0]])
+                    if value is not None:
+                        return value
+                    break
+        elif node.op == "call_function" and node.target in (torch.cat, torch.concat):
+            value = self.concatenate(node)
+            if value is not None:
+                return value
+        copied = self.new.node_copy(node, self.tensor_of)
+        return Pending(copied)
+
+    # Readers that need a tensor.
+
+    def tensor_of(self, node: fx.Node) -> fx.Node:
+        return self.materialise(self.values[node])
+
+    def materialise(self, value: Value) -> fx.Node:
+        if value not in self.tensors:
+            self.tensors[value] = self._materialise(value)
+        return self.tensors[value]
+
+    def _materialise(self, value: Value) -> fx.Node:
+        if isinstance(value, Upsampled):
+            return self.new.call_module(value.target, (self.materialise(value.below),))
+        if isinstance(value, Concatenated):
+            return self.call(torch.cat, tuple(self.materialise(part) for part in value.parts), 1)
+        if value.is_raw:
+            return value.values
+        return self.call(arithmetic.apply_pending, value.values, value.scale, value.shift, value.slope)
+
+    def call(self, function: Callable, *args) -> fx.Node:
+        return self.new.call_function(function, args)
+
+    def attribute(self, target: str, name: str) -> fx.Node | None:
+        """A parameter or buffer of a module, or None where it has none."""
+        if getattr(self.model.get_submodule(target), name, None) is None:
+            return None
+        return self.new.get_attr(f"{target}.{name}")
+
+    def left(self, node: fx.Node, module: nn.Module, reason: str) -> None:
+        self.layers.append(Layer(node.target, type(module).__name__, False, reason))
+
+    def fused(self, node: fx.Node, module: nn.Module, reason: str) -> None:
+        self.layers.append(Layer(node.target, type(module).__name__, True, reason))
+
+    # Modules.
+
+    def convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
+        try:
+            spec = spec_of(module)
+        except ConversionError as error:
+            return self.left(node, module, str(error))
+        if spec.groups != 1:
+            return self.left(node, module, f"{spec.groups} groups")
+        if not _has_own_forward(module):
+            return self.left(node, module, "has a forward or a weight of another class")
+        tucker = isinstance(module, _TuckerConv)
+        core = self.attribute(node.target, "core" if tucker else "weight")
+        u_in = self.attribute(node.target, "u_in") if tucker else None
+        u_out = self.attribute(node.target, "u_out") if tucker else None
+        readers = [self.model.get_submodule(u.target) for u in node.users if u.op == "call_module"]
+        normed = any(_computes_statistics(reader) for reader in readers)
+        # A bias cancels in a norm of the convolution's own output.
+        only_normed = normed and len(node.users) == 1
+        bias = None if only_normed else self.attribute(node.target, "bias")
+
+        parts = value.parts if isinstance(value, Concatenated) else (value,)
+        widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
+        if u_in is None and (len(parts) > 1 or isinstance(parts[0], Upsampled)):
+            u_in = self.call(arithmetic.identity, core)
+        sources, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], None, 0
+        for part, width in zip(parts, widths, strict=True):
+            end, matrix = begin + width, u_in
+            pending = part.below if isinstance(part, Upsampled) else part
+            if isinstance(part, Upsampled):
+                matrix = self.call(arithmetic.upsampling, u_in, begin, end, self.transposed_weight(part))
+                up_bias = self.attribute(part.target, "bias")
+                if up_bias is not None:
+                    in_bias = self.call(arithmetic.carried_bias, u_in, begin, end, up_bias, in_bias)
+            elif len(parts) > 1:
+                matrix = self.call(arithmetic.columns, u_in, begin, end)
+            sources.append(pending.values)
+            scale.append(pending.scale)
+            shift.append(pending.shift)
+            slope.append(float(pending.slope))
+            reduce.append(matrix)
+            begin = end
+        stats = "channel" if normed else "none"
+        returned = all(user.op == "output" for user in node.users)
+        result = self.call(
+            _BLOCK,
+            sources,
+            [None] * len(sources),
+            scale,
+            shift,
+            slope,
+            reduce,
+            in_bias,
+            core,
+            list(spec.stride),
+            list(spec.padding),
+            list(spec.dilation),
+            u_out,
+            bias,
+            stats,
+            returned,
+        )
+        folded = [f"{len(parts)} sources"] if len(parts) > 1 else []
+        if any(isinstance(part, Upsampled) for part in parts):
+            folded.append("upsampling and cat")
+        if any(not (p.below if isinstance(p, Upsampled) else p).is_raw for p in parts):
+            folded.append("norm and activation before it")
+        if normed:
+            folded.append("statistics for the norm after it")
+        self.fused(node, module, ", ".join(folded) or "one pass")
+        values, mean, m2 = (self.call(operator.getitem, result, i) for i in range(3))
+        return Pending(values, mean=mean if normed else None, m2=m2 if normed else None)
+
+    def transposed_weight(self, part: Upsampled) -> fx.Node:
+        if isinstance(part.module, _TuckerConv):
+            factors = (self.attribute(part.target, name) for name in ("u_in", "core", "u_out"))
+            return self.call(arithmetic.tucker_weight, *factors)
+        return self.attribute(part.target, "weight")
+
+    def transposed_convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
+        if isinstance(value, Concatenated | Upsampled):
+            return self.left(node, module, "reads an upsampling or a concatenation")
+        spec = spec_of(module)
+        if (
+            spec.kernel_size != spec.stride
+            or any((*spec.padding, *spec.output_padding))
+            or any(d != 1 for d in spec.dilation)
+            or spec.groups != 1
+        ):
+            return self.left(node, module, "its kernel is not its stride, so its outputs overlap or leave gaps")
+        if not _has_own_forward(module):
+            return self.left(node, module, "has a forward or a weight of another class")
+        if not all(self._is_wide_convolution(user) for user in _readers_behind_cat(node)):
+            return self.left(node, module, "read by something else than convolutions of the same network")
+        self.fused(node, module, "multiplied into the convolution that reads it")
+        return Upsampled(value, module, node.target, spec.out_channels)
+
+    def _is_wide_convolution(self, node: fx.Node) -> bool:
+        if node.op != "call_module":
+            return False
+        module = self.model.get_submodule(node.target)
+        return isinstance(module, nn.Conv2d | nn.Conv3d) or (
+            isinstance(module, _TuckerConv) and not module.transposed
+        )
+
+    def concatenate(self, node: fx.Node) -> Value | None:
+        tensors, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if dim != 1 or not isinstance(tensors, list | tuple):
+            return None
+        parts, channels = [], []
+        for old in tensors:
+            value = self.values[old]
+            width = self.width_of(old)
+            if isinstance(value, Concatenated) or width is None:
+                return None
+            parts.append(value)
+            channels.append(width)
+        return Concatenated(tuple(parts), tuple(channels))
+
+    def width_of(self, node: fx.Node) -> int | None:
+        """Channels of a value of the old graph, where the modules behind it tell."""
+        if node.op != "call_module" or not node.args:
+            return None
+        module = self.model.get_submodule(node.target)
+        for name in ("out_channels", "num_features"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+        if isinstance(module, _PASSED_ON + (nn.LeakyReLU,)):
+            return self.width_of(node.args[0])
+        return None
+
+    def instance_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
+        if not _computes_statistics(module):
+            return self.left(node, module, "normalises by running statistics")
+        if not isinstance(value, Pending) or value.mean is None or not value.is_raw:
+            return self.left(node, module, "does not follow a convolution directly")
+        weight, bias = self.attribute(node.target, "weight"), self.attribute(node.target, "bias")
+        affine = self.call(
+            arithmetic.instance_norm_affine, value.values, value.mean, value.m2, weight, bias, module.eps
+        )
+        return self._normed(node, module, value, affine)
+
+    def batch_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
+        if not isinstance(value, Pending) or not value.is_raw or module.running_mean is None:
+            return self.left(node, module, "does not follow a convolution directly, or has no running statistics")
+        names = ("running_mean", "running_var", "weight", "bias")
+        tensors = (self.attribute(node.target, name) for name in names)
+        return self._normed(
+            node, module, value, self.call(arithmetic.batch_norm_affine, value.values, *tensors, module.eps)
+        )
+
+    def _normed(self, node: fx.Node, module: nn.Module, value: Pending, affine: fx.Node) -> Pending:
+        self.fused(node, module, "applied where its output is read")
+        scale, shift = self.call(operator.getitem, affine, 0), self.call(operator.getitem, affine, 1)
+        return Pending(value.values, scale, shift)
+
+    def leaky_relu(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
+        if not isinstance(value, Pending) or value.slope != 1.0 or value.scale is None:
+            return self.left(node, module, "does not follow a folded norm")
+        if module.inplace and len(node.args[0].users) > 1:
+            return self.left(node, module, "changes in place what something else reads too")
+        self.fused(node, module, "applied where its output is read")
+        return replace(value, slope=float(module.negative_slope))
+
+    def passed_on(self, node: fx.Node, module: nn.Module, value: Value) -> Value:
+        return value
+
+
+_PASSED_ON = (nn.Identity, _DropoutNd)
+_MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
+    ((nn.ConvTranspose2d, nn.ConvTranspose3d), Rewriter.transposed_convolution),
+    (
+        (nn.Conv2d, nn.Conv3d, _TuckerConv),
+        lambda self, node, module, value: (
+            self.transposed_convolution(node, module, value)
+            if getattr(module, "transposed", False)
+            else self.convolution(node, module, value)
+        ),
+    ),
+    (_InstanceNorm, Rewriter.instance_norm),
+    (_BatchNorm, Rewriter.batch_norm),
+    (nn.LeakyReLU, Rewriter.leaky_relu),
+    (_PASSED_ON, Rewriter.passed_on),
+)
+
+
+def _computes_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _InstanceNorm) and not module.track_running_stats
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Is it a plain convolution, not a subclass that computes something else or derives its weight?"""
+    plain = next(cls for cls in type(module).__mro__ if cls.__module__ in ("torch.nn.modules.conv", "tucker_ops.nn"))
+    name = "core" if isinstance(module, _TuckerConv) else "weight"
+    return type(module).forward is plain.forward and name in module._parameters
+
+
+def _readers_behind_cat(node: fx.Node) -> list[fx.Node]:
+    readers: list[fx.Node] = []
+    for user in node.users:
+        is_cat = user.op == "call_function" and user.target in (torch.cat, torch.concat)
+        readers += list(user.users) if is_cat else [user]
+    return readers
