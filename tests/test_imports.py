@@ -20,7 +20,8 @@ ALLOWED = {
 ALLOWED["functional"] = ALLOWED["backends"] | {"backends"}
 ALLOWED["nn"] = ALLOWED["functional"] | {"functional"}
 ALLOWED["convert"] = ALLOWED["nn"] | {"nn"}
-ALLOWED["nnunet"] = ALLOWED["convert"] | {"convert"}
+ALLOWED["fused"] = ALLOWED["nn"] | {"nn"}
+ALLOWED["nnunet"] = ALLOWED["convert"] | {"convert", "fused"}
 ALLOWED["cli"] = ALLOWED["nnunet"] | {"nnunet"}
 ALLOWED["__main__"] = {"cli"}
 

@@ -19,6 +19,7 @@ _LAZY = {
     "plan": ("tucker_ops.convert", "plan"),
     "apply": ("tucker_ops.convert", "apply"),
     "compress": ("tucker_ops.convert", "compress"),
+    "fuse": ("tucker_ops.fused", "fuse"),
 }
 
 __all__ = ["TuckerFactors", "__version__", "backends", "decompose", "explain", "tucker_conv", *_LAZY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import SimpleITK
 import torch
 from tiny import make_model, write_image
 
+from tucker_ops.backends import native
+from tucker_ops.backends.cpu import CPU
 from tucker_ops.convert import CompressionConfig
 from tucker_ops.errors import (
     CheckpointError,
@@ -27,7 +30,6 @@ from tucker_ops.errors import (
     OutputWriteError,
     ShapeError,
 )
-from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 from tucker_ops.nnunet.compress import compress_folder
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.predict import load_predictor, predict_folder
@@ -47,17 +49,31 @@ def segmentation(path: Path):
 
 
 @pytest.fixture
-def calls():
-    """Names of Tucker modules that ran, counted over all networks of the process."""
+def blocks(monkeypatch):
+    """Sets what runs in place of the CPU kernel's blocks; skips where there is no such kernel."""
+    if not native.load():
+        pytest.skip(native.load().reason)
+    select = sys.modules["tucker_ops.backends.select"]
+
+    def replace(run):
+        kernels = dataclasses.replace(CPU, run_block=run)
+        monkeypatch.setattr(select, "ORDER", (kernels, *(b for b in select.ORDER if b is not CPU)))
+
+    return replace
+
+
+@pytest.fixture
+def calls(blocks):
+    """How often each core ran, counted over all networks of the process."""
     ran: dict[int, int] = {}
 
-    def count(module, *_):
-        if isinstance(module, TuckerConv2d | TuckerConv3d):
-            ran[id(module)] = ran.get(id(module), 0) + 1
+    def count(*args):
+        core = args[7]
+        ran[core.data_ptr()] = ran.get(core.data_ptr(), 0) + 1
+        return CPU.run_block(*args)
 
-    handle = torch.nn.modules.module.register_module_forward_hook(count)
-    yield ran
-    handle.remove()
+    blocks(count)
+    return ran
 
 
 def test_predicts_every_tile_with_the_factorised_layers(tmp_path, compressed, images, calls):
@@ -74,7 +90,8 @@ def test_predicts_every_tile_with_the_factorised_layers(tmp_path, compressed, im
     assert segmentation(tmp_path / "out" / "a.nii.gz").shape == (32, 30, 16)
     assert len(segmentation(tmp_path / "out" / "b.nii.gz").unique()) > 1
     forward = [n for n, r in read_manifest(compressed).plan.ranks.items() if "transpconvs" not in n]
-    assert list(calls.values()) == [sum(TILES.values())] * len(forward)
+    # Beside the factorised layers, the first convolution and the head.
+    assert list(calls.values()) == [sum(TILES.values())] * (len(forward) + 2)
 
 
 def test_every_voxel_has_logits(compressed):
@@ -151,13 +168,13 @@ def test_replaces_no_function_of_nnunet(tmp_path, tiny_model, images):
     assert {key: after[key] for key in before} == before
 
 
-def test_out_of_memory_passes_unchanged(tmp_path, compressed, images, monkeypatch):
+def test_out_of_memory_passes_unchanged(tmp_path, compressed, images, blocks):
     problem = torch.OutOfMemoryError("CUDA out of memory")
 
     def fail(*_):
         raise problem
 
-    monkeypatch.setattr(TuckerConv3d, "forward", fail)
+    blocks(fail)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         predict_folder(compressed, images, tmp_path / "out")
     assert caught.value is problem

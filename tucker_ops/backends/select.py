@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from tucker_ops.backends.base import Backend, Verdict
@@ -131,6 +132,20 @@ def choose_block(problem: BlockProblem, name: str | None = None) -> Backend:
                 )
             return backend
     raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
+
+
+def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
+    """Does a kernel, not the reference, compute blocks of this dtype on this kind of device? With the reason."""
+    problem = BlockProblem(
+        batch=1, channels=(1,), factors=((1, 1),), rank_in=1, rank_out=1, out_channels=1, input_size=(1, 1),
+        kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=dtype, device=device,
+        reduced=True, expanded=False, u_out=True, stats="none",
+    )  # fmt: skip
+    verdicts = {b.name: block_verdict(b, problem) for b in ORDER if b is not REFERENCE}
+    for name, verdict in verdicts.items():
+        if verdict:
+            return Verdict(True, f"blocks run on {name}")
+    return Verdict(False, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items()))
 
 
 def _verdict(backend: Backend, problem: Problem) -> Verdict:

@@ -6,6 +6,6 @@ next norm follows. A transposed convolution whose kernel equals its stride is mu
 convolution that reads it, so neither its output nor the concatenation with the skip is ever in memory.
 """
 
-from tucker_ops.fused.executor import FusedForward, Fusion, explain, fuse
+from tucker_ops.fused.executor import Explanation, FusedForward, explain, fuse
 
-__all__ = ["FusedForward", "Fusion", "explain", "fuse"]
+__all__ = ["Explanation", "FusedForward", "explain", "fuse"]

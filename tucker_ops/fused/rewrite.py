@@ -107,7 +107,6 @@ class Rewriter:
                 self.new.output(fx.map_arg(node.args[0], self.tensor_of))
             else:
                 self.values[node] = self.rewrite(node)
-        self.new.eliminate_dead_code()
         self.new.lint()
         return self.new
 
@@ -253,7 +252,9 @@ class Rewriter:
             or any(d != 1 for d in spec.dilation)
             or spec.groups != 1
         ):
-            return self.left(node, module, "its kernel is not its stride, so its outputs overlap or leave gaps")
+            return self.left(
+                node, module, "its kernel is not its stride, so its outputs overlap or leave gaps"
+            )
         if not _has_own_forward(module):
             return self.left(node, module, "has a forward or a weight of another class")
         if not all(self._is_wide_convolution(user) for user in _readers_behind_cat(node)):
@@ -291,7 +292,7 @@ class Rewriter:
         for name in ("out_channels", "num_features"):
             if isinstance(getattr(module, name, None), int):
                 return getattr(module, name)
-        if isinstance(module, _PASSED_ON + (nn.LeakyReLU,)):
+        if isinstance(module, (*_PASSED_ON, nn.LeakyReLU)):
             return self.width_of(node.args[0])
         return None
 
@@ -308,7 +309,9 @@ class Rewriter:
 
     def batch_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         if not isinstance(value, Pending) or not value.is_raw or module.running_mean is None:
-            return self.left(node, module, "does not follow a convolution directly, or has no running statistics")
+            return self.left(
+                node, module, "does not follow a convolution directly, or has no running statistics"
+            )
         names = ("running_mean", "running_var", "weight", "bias")
         tensors = (self.attribute(node.target, name) for name in names)
         return self._normed(
@@ -356,7 +359,9 @@ def _computes_statistics(module: nn.Module) -> bool:
 
 def _has_own_forward(module: nn.Module) -> bool:
     """Is it a plain convolution, not a subclass that computes something else or derives its weight?"""
-    plain = next(cls for cls in type(module).__mro__ if cls.__module__ in ("torch.nn.modules.conv", "tucker_ops.nn"))
+    plain = next(
+        cls for cls in type(module).__mro__ if cls.__module__ in ("torch.nn.modules.conv", "tucker_ops.nn")
+    )
     name = "core" if isinstance(module, _TuckerConv) else "weight"
     return type(module).forward is plain.forward and name in module._parameters
 

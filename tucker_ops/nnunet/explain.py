@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import tucker_ops
 from tucker_ops.errors import DeviceError
+from tucker_ops.fused import FusedForward, explain
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, patch_error, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
@@ -55,13 +57,14 @@ def explain_folder(
     network, calls = _trace(folder)
     reasons = {layer.name: layer.reason for layer in manifest.plan.layers} if manifest else {}
     errors = manifest.mean_errors() if manifest else {}
+    fused = _fused_layers(network, kind)
     result = []
     for name, shape in calls:
         module = network.get_submodule(name)
         spec = spec_of(module)
         ranks = getattr(module, "ranks", None)
         names = [n for n, m in network.named_modules(remove_duplicate=False) if m is module]
-        backend, why = _backend(module, shape, kind)
+        backend, why = next((fused[n] for n in names if n in fused), None) or _backend(module, shape, kind)
         result.append(
             LayerExplanation(
                 name=next((n for n in names if n in errors or n in reasons), name),
@@ -81,16 +84,33 @@ def _trace(folder: ModelFolder) -> tuple[nn.Module, list[tuple[str, tuple[int, .
     """The network on the meta device, and (name, input shape) of each convolution call of one patch."""
     network = build_network(folder.architecture, folder.input_channels, folder.num_outputs).to("meta").eval()
     calls = []
-    for name, module in network.named_modules():
-        if isinstance(module, CONVOLUTIONS) or hasattr(module, "ranks"):
-            module.register_forward_pre_hook(
-                lambda _, inputs, name=name: calls.append((name, tuple(inputs[0].shape)))
-            )
-    try:
-        network(torch.empty((1, folder.input_channels, *folder.patch_size), device="meta"))
-    except RuntimeError as error:
-        raise patch_error(folder, error) from error
+    with ExitStack() as stack:
+        for name, module in network.named_modules():
+            if isinstance(module, CONVOLUTIONS) or hasattr(module, "ranks"):
+                hook = module.register_forward_pre_hook(
+                    lambda _, inputs, name=name: calls.append((name, tuple(inputs[0].shape)))
+                )
+                stack.callback(hook.remove)
+        try:
+            network(torch.empty((1, folder.input_channels, *folder.patch_size), device="meta"))
+        except RuntimeError as error:
+            raise patch_error(folder, error) from error
     return network, calls
+
+
+def _fused_layers(network: nn.Module, kind: str) -> dict[str, tuple[str, str]]:
+    """What runs the layers that inference folds into blocks, and how; none where it runs as it was."""
+    if not isinstance(network, FusedForward):
+        return {}
+    explanation = explain(network, device=kind, dtype=_dtype(kind))
+    if not explanation.used:
+        return {}
+    return {layer.name: ("fused", layer.reason) for layer in explanation.layers if layer.fused}
+
+
+def _dtype(kind: str) -> torch.dtype:
+    """How nnU-Net predicts."""
+    return torch.float16 if kind == "cuda" else torch.float32
 
 
 def _why_dense(names: list[str], reasons: Mapping[str, str | None], manifest: Manifest | None) -> str:
@@ -109,8 +129,7 @@ def _device_type(device: str) -> str:
 def _backend(module: nn.Module, shape: tuple[int, ...], kind: str) -> tuple[str, str]:
     if not isinstance(module, TuckerConv2d | TuckerConv3d):
         return "torch", "torch's own convolution" + ("s" if hasattr(module, "ranks") else "")
-    dtype = torch.float16 if kind == "cuda" else torch.float32
-    problem = replace(module.problem(shape), device=kind, dtype=dtype)
+    problem = replace(module.problem(shape), device=kind, dtype=_dtype(kind))
     explanation = tucker_ops.explain(problem)
     others = [f"{name}: {v.reason}" for name, v in explanation.verdicts.items() if name != explanation.chosen]
     chosen = explanation.verdicts[explanation.chosen].reason

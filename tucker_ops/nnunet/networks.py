@@ -16,21 +16,25 @@ from torch import nn
 
 from tucker_ops import convert
 from tucker_ops.errors import ConfigError, TuckerOpsError, UnsupportedArchitectureError
+from tucker_ops.fused import FusedForward
 
 TUCKER_VERSION = 1
 
 
-class TuckerPlainConvUNet(PlainConvUNet):
-    """PlainConvUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as there."""
+class TuckerPlainConvUNet(FusedForward, PlainConvUNet):
+    """PlainConvUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as there.
+
+    Inference runs fused (`tucker_ops.fuse`) where that is possible.
+    """
 
     def __init__(self, *args: Any, tucker: Mapping[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         _substitute(self, tucker)
 
 
-class TuckerResidualEncoderUNet(ResidualEncoderUNet):
+class TuckerResidualEncoderUNet(FusedForward, ResidualEncoderUNet):
     """ResidualEncoderUNet whose layers in ``tucker["ranks"]`` are Tucker convolutions; other arguments as
-    there.
+    there. Inference runs fused (`tucker_ops.fuse`) where that is possible.
     """
 
     def __init__(self, *args: Any, tucker: Mapping[str, Any], **kwargs: Any):

@@ -1,0 +1,284 @@
+"""`fuse` against the network it was made from, and against that network in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import tucker_ops
+from tests.fused.networks import plain_unet, residual_unet
+from tests.ops.problems import relative_rms
+from tucker_ops import CompressionConfig, fuse
+from tucker_ops.backends import native
+from tucker_ops.backends.base import Verdict
+from tucker_ops.errors import ConversionError
+from tucker_ops.fused import executor, explain
+
+CONFIG = CompressionConfig(factor=0.5, min_rank=4, align=4)
+
+
+def two_groups(channels: int, **_) -> nn.Module:
+    return nn.GroupNorm(2, channels)
+
+
+# Networks, and the size of an input they accept.
+NETWORKS = {
+    "plain": (plain_unet, {}, (2, 1, 8, 12, 20)),
+    "plain-2d": (
+        plain_unet,
+        {"conv": nn.Conv2d, "norm": nn.InstanceNorm2d, "channels": 3},
+        (2, 3, 24, 20),
+    ),
+    "anisotropic": (
+        plain_unet,
+        {"kernels": [(1, 3, 3), (3, 3, 3), (3, 3, 3)], "strides": [(1, 1, 1), (1, 2, 2), (2, 2, 2)]},
+        (1, 1, 6, 20, 12),
+    ),
+    "batch-norm": (plain_unet, {"norm": nn.BatchNorm3d}, (2, 1, 8, 12, 20)),
+    "group-norm": (plain_unet, {"norm": two_groups}, (1, 1, 8, 8, 8)),
+    "no-affine": (plain_unet, {"norm_kwargs": {}}, (1, 1, 8, 8, 8)),
+    "running-statistics": (
+        plain_unet,
+        {"norm_kwargs": {"affine": True, "track_running_stats": True}},
+        (1, 1, 8, 8, 8),
+    ),
+    "no-bias": (plain_unet, {"bias": False}, (1, 1, 8, 8, 8)),
+    "norm-last": (plain_unet, {"nonlin_first": True}, (1, 1, 8, 8, 8)),
+    "deep-supervision": (plain_unet, {"deep_supervision": True}, (1, 1, 8, 8, 8)),
+    "dropout": (plain_unet, {"dropout_op": nn.Dropout3d, "dropout_op_kwargs": {"p": 0.5}}, (1, 1, 8, 8, 8)),
+    "residual": (residual_unet, {}, (2, 1, 8, 12, 20)),
+    "residual-2d": (residual_unet, {"conv": nn.Conv2d, "norm": nn.InstanceNorm2d}, (1, 1, 24, 20)),
+}
+
+
+def made(name: str, compressed: bool) -> tuple[nn.Module, torch.Tensor]:
+    build, arguments, size = NETWORKS[name]
+    network = build(**arguments)
+    if compressed:
+        network = tucker_ops.compress(network, CONFIG)
+    return network, torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def outputs(result) -> list[torch.Tensor]:
+    return list(result) if isinstance(result, list | tuple) else [result]
+
+
+def in_float64(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return outputs(copy.deepcopy(network).double()(x.double()))
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_the_network_in_float64(name, compressed):
+    network, x = made(name, compressed)
+    expected = in_float64(network, x)
+    with torch.no_grad():
+        actual = outputs(fuse(network)(x))
+        again = outputs(network(x))
+    for fused, plain, exact in zip(actual, again, expected, strict=True):
+        assert fused.dtype == torch.float32 and fused.shape == exact.shape and fused.is_contiguous()
+        assert relative_rms(fused, exact) <= max(2e-5, 4 * relative_rms(plain, exact))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # Torch pools no bfloat16 on the CPU, so not the residual network.
+    [(name, torch.bfloat16) for name in ("plain", "anisotropic")]
+    + [(name, torch.float64) for name in ("plain", "anisotropic", "residual")],
+)
+def test_other_dtypes(name, dtype, monkeypatch):
+    # float64 has no kernel and would run as it was: here its blocks run on the reference.
+    monkeypatch.setattr(executor, "block_kernels", lambda *_: Verdict(True, ""))
+    network, x = made(name, True)
+    network, x = network.to(dtype), x.to(dtype)
+    (expected,) = in_float64(network, x)
+    with torch.no_grad():
+        actual, plain = fuse(network)(x), network(x)
+    assert actual.dtype == dtype
+    assert relative_rms(actual, expected) <= max(1e-12, 1.1 * relative_rms(plain, expected))
+
+
+def test_without_a_kernel_it_runs_as_it_was(monkeypatch):
+    network, x = made("plain", True)
+    fused, half = fuse(network), fuse(copy.deepcopy(network).half())
+    assert "float16" in str(explain(half)) and "as it was" in str(explain(half))
+    monkeypatch.setenv("TUCKER_FUSE", "0")
+    assert "TUCKER_FUSE=0" in str(explain(fused))
+    with torch.no_grad():
+        assert torch.equal(fused(x), network(x))
+        monkeypatch.delenv("TUCKER_FUSE")
+        assert not torch.equal(fused(x), network(x))
+
+
+def test_every_instruction_set(isa):
+    network, x = made("plain", True)
+    (expected,) = in_float64(network, x)
+    with torch.no_grad():
+        assert relative_rms(fuse(network)(x), expected) <= 2e-5
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+def test_every_layer_of_a_plain_unet_is_folded(compressed):
+    network, _ = made("plain", compressed)
+    fusion = explain(network)
+    assert all(layer.fused for layer in fusion.layers), str(fusion)
+    kinds = [
+        layer.kind.removeprefix("Tucker").removesuffix("3d").removesuffix("Norm") for layer in fusion.layers
+    ]
+    assert kinds.count("LeakyReLU") == kinds.count("Instance") == 10
+    assert kinds.count("Conv") + kinds.count("ConvTranspose") == 13
+
+
+def test_the_profile_has_no_norm_activation_cat_or_copy():
+    if not native.load():
+        pytest.skip(native.load().reason)
+    network, x = made("plain", True)
+    fused = fuse(network)
+    banned = ("norm", "leaky_relu", "aten::cat", "aten::clone", "convolution", "contiguous")
+
+    def found(model):
+        with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+            model(x)
+        events = [e for e in profile.events() if any(word in e.name for word in banned)]
+        # Weights multiplied together are small; what counts is whatever has a volume. Lists have no shape here.
+        volume = [any(len(s) == 5 and s[2] > 3 for s in e.input_shapes) or "cat" in e.name for e in events]
+        return {e.name for e, large in zip(events, volume, strict=True) if large}
+
+    assert found(fused) == set()
+    assert {"aten::leaky_relu_", "aten::cat", "aten::instance_norm"} <= found(network)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("group-norm", "LeakyReLU", "does not follow a folded norm"),
+        ("running-statistics", "InstanceNorm3d", "running statistics"),
+        ("norm-last", "InstanceNorm3d", "does not follow a convolution directly"),
+        ("residual", "LeakyReLU", "does not follow a folded norm"),
+    ],
+)
+def test_what_is_left_has_a_reason(name, kind, reason):
+    network, _ = made(name, True)
+    left = {(layer.kind, layer.reason) for layer in explain(network).layers if not layer.fused}
+    assert any(k == kind and reason in why for k, why in left), left
+    assert reason in str(explain(network))
+
+
+def test_it_is_still_the_model():
+    network, x = made("plain", True)
+    fused = fuse(network)
+    assert isinstance(fused, type(network)) and fuse(fused) is fused
+    assert list(fused.state_dict()) == list(network.state_dict())
+    assert {id(p) for p in fused.parameters()} == {id(p) for p in network.parameters()}
+    other, _ = made("plain", True)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        before = fused(x)
+        fused.load_state_dict(other.state_dict())
+        assert relative_rms(fused(x), in_float64(other, x)[0]) <= 2e-5
+        assert relative_rms(fused(x), before.double()) > 1e-2
+        for clone in (copy.deepcopy(fused), pickle.loads(pickle.dumps(made("plain", True)[0]))):
+            assert clone(x).shape == before.shape
+
+
+def test_parameters_and_switches_may_change():
+    network, x = made("plain", False)
+    fused = fuse(network)
+    with torch.no_grad():
+        fused(x)
+        conv = network.encoder.stages[0][0].convs[0].conv
+        conv.weight = nn.Parameter(conv.weight * 3)
+        network.decoder.deep_supervision = True
+        actual, expected = fused(x), in_float64(network, x)
+    assert len(actual) == len(expected) == 2
+    assert all(relative_rms(a, e) <= 2e-5 for a, e in zip(actual, expected, strict=True))
+
+
+def test_training_gradients_and_autocast_take_the_ordinary_path():
+    network, x = made("plain", True)
+    fused = fuse(network)
+    fused(x).sum().backward()
+    assert all(p.grad is not None for p in network.decoder.seg_layers[-1].parameters())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).dtype == torch.bfloat16
+    fused.train()
+    assert network.encoder.training
+    with torch.no_grad():
+        assert fused(x).shape == network(x).shape
+
+
+def test_hooks_run():
+    network, x = made("plain", False)
+    seen = []
+    network.encoder.stages[0][0].convs[0].norm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        actual = fuse(network)(x)
+    assert seen and relative_rms(actual, in_float64(network, x)[0]) <= 2e-5
+
+
+def test_a_single_voxel_is_torchs_own_error():
+    network, _ = made("plain", True)
+    with torch.no_grad():
+        for model in (network, fuse(network)):
+            with pytest.raises(ValueError, match="more than 1 spatial element"):
+                model(torch.zeros(1, 1, 4, 4, 4))
+
+
+def test_nan_stays_where_it_was():
+    """A norm spreads a NaN over its channel, and the next convolution over all channels."""
+    network, x = made("plain", True)
+    x[0, 0, 1, 2, 3] = float("nan")
+    with torch.no_grad():
+        actual, expected = fuse(network)(x), network(x)
+    assert actual[0].isnan().all() and torch.equal(actual.isnan(), expected.isnan())
+
+
+def test_two_threads_at_once():
+    network, x = made("plain", True)
+    fused = fuse(network)
+    with torch.no_grad():
+        expected = fused(x)
+    results = []
+
+    def work():
+        with torch.no_grad():
+            results.extend(fused(x) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 10 and all(torch.equal(r, expected) for r in results)
+
+
+def test_compile_and_export():
+    network, x = made("plain", True)
+    fused = fuse(network).requires_grad_(False)
+    with torch.no_grad():
+        expected = fused(x)
+        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")(x)
+        exported = torch.export.export(fused, (x,))
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(exported.module()(x), expected, rtol=1e-4, atol=1e-4)
+    assert "tucker_block" in str(exported.graph) and "instance_norm" not in str(exported.graph)
+
+
+def test_what_cannot_be_fused_says_so():
+    with pytest.raises(ConversionError, match=r"takes a torch.nn.Module, got int"):
+        fuse(3)
+
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ConversionError, match=r"torch\.fx cannot follow the forward of Branching"):
+        fuse(Branching().eval())
+    assert "runs as it was: torch.fx cannot follow" in str(explain(Branching().eval()))
