@@ -16,7 +16,7 @@ from tests.ops.problems import relative_rms
 from tucker_ops import CompressionConfig, fuse
 from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
-from tucker_ops.errors import ConversionError
+from tucker_ops.errors import ConfigError, ConversionError
 from tucker_ops.fused import executor, explain
 
 CONFIG = CompressionConfig(factor=0.5, min_rank=4, align=4)
@@ -114,6 +114,51 @@ def test_without_a_kernel_it_runs_as_it_was(monkeypatch):
         assert torch.equal(fused(x), network(x))
         monkeypatch.delenv("TUCKER_FUSE")
         assert not torch.equal(fused(x), network(x))
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "batch-norm", "group-norm"])
+def test_bf16_blocks_in_an_fp32_network(name, isa):
+    network, x = made(name, True)
+    (expected,) = in_float64(network, x)
+    with torch.no_grad():
+        plain = copy.deepcopy(network).bfloat16() if name == "plain" else None
+        fused = fuse(network, precision="bf16")(x)
+        assert fused.dtype == torch.float32 and fused.is_contiguous()
+        limit = 2.5e-2 if plain is None else 1.1 * relative_rms(plain(x.bfloat16()), expected)
+        assert 1e-4 < relative_rms(fused, expected) <= limit
+
+
+def test_precision_by_variable(monkeypatch):
+    network, x = made("plain", True)
+    fused = fuse(network)
+    with torch.no_grad():
+        exact, low = fused(x), fuse(network, precision="bf16")(x)
+        monkeypatch.setenv("TUCKER_PRECISION", "bf16")
+        assert torch.equal(fused(x), low) and "computes in bf16, as asked for" in str(explain(fused))
+        monkeypatch.setenv("TUCKER_PRECISION", "fp32")
+        assert torch.equal(fused(x), exact)
+        monkeypatch.setenv("TUCKER_PRECISION", "half")
+        with pytest.raises(ConfigError, match="TUCKER_PRECISION 'half' given; use one of fp32, bf16, auto"):
+            fused(x)
+    with pytest.raises(ConfigError, match="precision 'int8' given"):
+        fuse(network, precision="int8")
+
+
+@pytest.mark.parametrize(("limit", "taken"), [(2.5e-2, "bf16"), (1e-4, "fp32")])
+def test_automatic_precision(monkeypatch, limit, taken):
+    if not native.load():
+        pytest.skip(native.load().reason)
+    network, x = made("plain", True)
+    fused = fuse(network, precision="auto")
+    monkeypatch.setenv(native.ISA_VARIABLE, "baseline")
+    assert "fp32: baseline kernels do not multiply bf16" in str(explain(fused))
+    monkeypatch.setenv(native.ISA_VARIABLE, "wide_bf16")
+    monkeypatch.setattr(executor, "LARGEST_DIFFERENCE", limit)
+    assert "the first input decides" in str(explain(fused))
+    with torch.no_grad():
+        results = fused(x), fused(x), fuse(network, precision=taken)(x)
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert f"{taken}: on the first input" in str(explain(fused))
 
 
 def test_every_instruction_set(isa):

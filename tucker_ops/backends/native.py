@@ -53,6 +53,11 @@ def isa() -> str:
     return os.environ.get(ISA_VARIABLE) or isas()[0]
 
 
+def multiplies_bfloat16() -> bool:
+    """Do the kernels in use multiply bfloat16, rather than widen it to float32?"""
+    return isa().endswith("bf16") or isa() == "wide_amx"
+
+
 def tiles(problem: Problem) -> tuple[int, int, int]:
     """How the CPU kernel cuts `problem` up: m of Winograd's F(m×m, 3×3) or 0, and rows and columns of a tile."""
 

@@ -56,6 +56,11 @@ def apply_pending(values: Tensor, scale: Tensor | None, shift: Tensor | None, sl
     return result.to(values.dtype)
 
 
+def in_dtype_of(values: Tensor, other: Tensor) -> Tensor:
+    """`values` as a block left them, in the dtype of the network's input."""
+    return values.to(other.dtype)
+
+
 def identity(weight: Tensor) -> Tensor:
     """u_in [C, C] of a dense convolution's weight [C_out, C, *kernel]."""
     return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)

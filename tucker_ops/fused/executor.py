@@ -12,12 +12,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
 from tucker_ops.backends.select import block_kernels
-from tucker_ops.errors import ConversionError
+from tucker_ops.errors import ConfigError, ConversionError
 from tucker_ops.fused.rewrite import Layer, Rewriter, trace
 
 FUSE_VARIABLE = "TUCKER_FUSE"
+PRECISION_VARIABLE = "TUCKER_PRECISION"
+PRECISIONS = ("fp32", "bf16", "auto")
+# Relative RMS difference of bf16 and fp32 output on the first input up to which "auto" takes bf16.
+LARGEST_DIFFERENCE = 2.5e-2
 _STATE = "_tucker_ops_fusion"
 
 
@@ -31,15 +36,18 @@ class Fusion:
     module: fx.GraphModule | None
     layers: tuple[Layer, ...]
     reason: str
-    signature: tuple = ()
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `fuse` makes of a model: print it. ``used``: does inference run fused, on the model's device and dtype?"""
+    """What `fuse` makes of a model: print it.
+
+    ``used``: does inference run fused, on the model's device and dtype? ``precision``: in what, and why.
+    """
 
     fusion: Fusion
     used: Verdict
+    precision: str
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -52,6 +60,7 @@ class Explanation:
         width = max((len(layer.name) for layer in self.layers), default=0)
         lines = [f"{count} of {len(self.layers)} layers fused"]
         lines.append(f"runs {'fused' if self.used else 'as it was'}: {self.used.reason}")
+        lines.append(f"computes in {self.precision}")
         for layer in self.layers:
             state = "fused" if layer.fused else "left "
             lines.append(f"  {state} {layer.name:<{width}}  {layer.kind}: {layer.reason}")
@@ -62,22 +71,24 @@ class FusedForward:
     """Mixin in front of an nn.Module class: inference runs in blocks, everything else as in that class.
 
     Blocks run in evaluation mode where nothing requires a gradient, autocast is off and a kernel computes them; the
-    variable TUCKER_FUSE=0 turns them off. Parameters, their names and
+    variable TUCKER_FUSE=0 turns them off. ``precision`` (see `fuse`), where it is not set, is that of the variable
+    TUCKER_PRECISION, or fp32. Parameters, their names and
     the state dict stay those of the class, and weights may change or be loaded at any time. A network that cannot be
     traced runs as it was; `tucker_ops.fused.explain` says why.
     """
 
+    precision: str | None = None
+
     def forward(self, input: Tensor):
-        if not _may_fuse(self, input):
+        if not _may_fuse(self, input) or fusion_of(self).module is None:
             return super().forward(input)
-        fusion = fusion_of(self)
-        return super().forward(input) if fusion.module is None else fusion.module(input)
+        return _run(self, input)
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != _STATE}
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, *, precision: str | None = None) -> nn.Module:
     """`model` with its inference in fused blocks; shares all parameters and buffers with it.
 
     Takes PlainConvUNet, ResidualEncoderUNet and any other module that torch.fx can trace, compressed or dense, in
@@ -86,14 +97,22 @@ def fuse(model: nn.Module) -> nn.Module:
     computes blocks of this dtype on this device, the whole model runs as it was.
     `print(tucker_ops.fused.explain(model))` says what happens and why.
 
-    Raises ConversionError for what is not a module or cannot be traced.
+    `precision` is that of the blocks of an fp32 model: "fp32"; "bf16"; or "auto", which is bf16 where the processor
+    multiplies it and the first output differs from fp32's by at most LARGEST_DIFFERENCE. None leaves it to the variable
+    TUCKER_PRECISION. Accumulation, norms and statistics are fp32 in any case.
+
+    Raises ConversionError for what is not a module or cannot be traced, ConfigError for an unknown precision.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"fuse takes a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, FusedForward):
-        return model
+    if precision is not None:
+        _check_precision(precision, "precision")
     fused = copy.copy(model)
-    fused.__class__ = _fused_class(type(model))
+    if not isinstance(model, FusedForward):
+        fused.__class__ = _fused_class(type(model))
+    elif precision in (None, model.precision):
+        return model
+    fused.precision = precision
     fusion = fusion_of(fused)
     if fusion.module is None:
         raise ConversionError(f"{fusion.reason}; run the model as it is")
@@ -111,7 +130,9 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
         fused.__class__ = _fused_class(type(model))
     fusion = fusion_of(fused)
     parameter = next(model.parameters(), torch.empty(0))
-    return Explanation(fusion, _kernels(device or parameter.device.type, dtype or parameter.dtype))
+    dtype = dtype or parameter.dtype
+    used = _kernels(device or parameter.device.type, dtype)
+    return Explanation(fusion, used, _chosen(fused, dtype).reason)
 
 
 @cache
@@ -140,30 +161,100 @@ def _kernels(device: str, dtype: torch.dtype) -> Verdict:
 _LOCK = threading.Lock()
 
 
-def fusion_of(model: nn.Module) -> Fusion:
+@dataclass
+class _State:
+    """Fusions of a model by the dtype of their blocks, None for the model's own, and what "auto" chose."""
+
+    signature: tuple
+    fusions: dict[torch.dtype | None, Fusion]
+    automatic: _Choice | None = None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The dtype in which blocks compute, None for the input's, and why. ``final``: not to be tried out any more."""
+
+    dtype: torch.dtype | None
+    reason: str
+    final: bool = True
+
+
+def fusion_of(model: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
     """The fusion of `model` as it is now; made anew when modules, parameters or switches of it have changed."""
-    known = model.__dict__.get(_STATE)
+    state = model.__dict__.get(_STATE)
     if torch.compiler.is_compiling():
         # Nothing can be rewritten while torch traces; `fuse` has done it already.
+        known = state and state.fusions.get(dtype)
         return known or Fusion(None, (), "torch.compile or torch.export came before `fuse`")
     signature = _signature(model)
-    if known is not None and known.signature == signature:
-        return known
+    if state is not None and state.signature == signature and dtype in state.fusions:
+        return state.fusions[dtype]
     with _LOCK:
-        fusion = _rewrite(model, signature)
-        model.__dict__[_STATE] = fusion
-    return fusion
+        if state is None or state.signature != signature:
+            state = _State(signature, {})
+        state.fusions[dtype] = _rewrite(model, dtype)
+        model.__dict__[_STATE] = state
+    return state.fusions[dtype]
 
 
-def _rewrite(model: nn.Module, signature: tuple) -> Fusion:
+def _run(model: nn.Module, input: Tensor):
+    choice = _chosen(model, input.dtype)
+    if choice.final:
+        return fusion_of(model, choice.dtype).module(input)
+    exact = fusion_of(model).module(input)
+    low = fusion_of(model, torch.bfloat16).module(input)
+    difference = max(_relative_rms(a, b) for a, b in zip(_tensors(low), _tensors(exact), strict=True))
+    good = difference <= LARGEST_DIFFERENCE
+    model.__dict__[_STATE].automatic = _Choice(
+        torch.bfloat16 if good else None,
+        f"{'bf16' if good else 'fp32'}: on the first input bf16 and fp32 differ by {difference:.1e} of the output's "
+        f"root mean square, limit {LARGEST_DIFFERENCE}",
+    )
+    return low if good else exact
+
+
+def _tensors(output) -> list[Tensor]:
+    return list(output) if isinstance(output, list | tuple) else [output]
+
+
+def _relative_rms(a: Tensor, b: Tensor) -> float:
+    return ((a - b).square().mean() / b.square().mean()).sqrt().item()
+
+
+def _chosen(model: nn.Module, dtype: torch.dtype) -> _Choice:
+    """In what the blocks of `model` compute for an input of this dtype, as far as that is known before it has run."""
+    if dtype != torch.float32:
+        return _Choice(None, f"{str(dtype).removeprefix('torch.')}, the dtype of the model")
+    given = model.precision
+    if given is None:
+        given = _check_precision(os.environ.get(PRECISION_VARIABLE) or PRECISIONS[0], PRECISION_VARIABLE)
+    if given == "fp32":
+        return _Choice(None, "fp32")
+    if given == "bf16":
+        return _Choice(torch.bfloat16, "bf16, as asked for")
+    if not native.multiplies_bfloat16():
+        return _Choice(None, f"fp32: {native.isa()} kernels do not multiply bf16")
+    state = model.__dict__.get(_STATE)
+    if state is not None and state.automatic is not None:
+        return state.automatic
+    return _Choice(None, "bf16 or fp32: the first input decides", final=False)
+
+
+def _check_precision(given: str, name: str) -> str:
+    if given not in PRECISIONS:
+        raise ConfigError(f"{name} {given!r} given; use one of {', '.join(PRECISIONS)}")
+    return given
+
+
+def _rewrite(model: nn.Module, dtype: torch.dtype | None) -> Fusion:
     try:
-        rewriter = Rewriter(model, _trace_unfused(model))
+        rewriter = Rewriter(model, _trace_unfused(model), dtype)
     except ConversionError as error:
-        return Fusion(None, (), str(error), signature)
+        return Fusion(None, (), str(error))
     module = fx.GraphModule(model, rewriter.run())
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Fusion(module, tuple(rewriter.layers), "", signature)
+    return Fusion(module, tuple(rewriter.layers), "")
 
 
 def _trace_unfused(model: nn.Module) -> fx.Graph:

@@ -36,7 +36,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pending:
-    """values, a norm (scale and shift, or none) and a LeakyReLU (slope, 1 for none) that its reader applies."""
+    """values, a norm (scale and shift, or none) and a LeakyReLU (slope, 1 for none) that its reader applies.
+
+    ``from_block``: values are a block's, in the dtype in which blocks compute.
+    """
 
     values: fx.Node
     scale: fx.Node | None = None
@@ -44,6 +47,7 @@ class Pending:
     slope: float = 1.0
     mean: fx.Node | None = None
     m2: fx.Node | None = None
+    from_block: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -91,10 +95,14 @@ def trace(model: nn.Module) -> fx.Graph:
 
 @dataclass
 class Rewriter:
-    """One rewrite of `old`, the graph of `model`, into `new`."""
+    """One rewrite of `old`, the graph of `model`, into `new`.
+
+    Blocks compute in `dtype` where it is given, everything else in the dtype of the network's input.
+    """
 
     model: nn.Module
     old: fx.Graph
+    dtype: torch.dtype | None = None
     new: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Value | tuple | list | object] = field(default_factory=dict)
     channels: dict[fx.Node, int] = field(default_factory=dict)
@@ -144,9 +152,12 @@ class Rewriter:
             return self.new.call_module(value.target, (self.materialise(value.below),))
         if isinstance(value, Concatenated):
             return self.call(torch.cat, tuple(self.materialise(part) for part in value.parts), 1)
-        if value.is_raw:
-            return value.values
-        return self.call(arithmetic.apply_pending, value.values, value.scale, value.shift, value.slope)
+        result = value.values
+        if not value.is_raw:
+            result = self.call(arithmetic.apply_pending, result, value.scale, value.shift, value.slope)
+        if value.from_block and self.dtype is not None:
+            result = self.call(arithmetic.in_dtype_of, result, next(iter(self.new.nodes)))
+        return result
 
     def call(self, function: Callable, *args) -> fx.Node:
         return self.new.call_function(function, args)
@@ -156,6 +167,16 @@ class Rewriter:
         if getattr(self.model.get_submodule(target), name, None) is None:
             return None
         return self.new.get_attr(f"{target}.{name}")
+
+    def weight(self, target: str, name: str) -> fx.Node | None:
+        """A parameter in the dtype in which blocks compute."""
+        found = self.attribute(target, name)
+        return found if found is None or self.dtype is None else self.call(torch.Tensor.to, found, self.dtype)
+
+    def block_values(self, value: Pending) -> fx.Node:
+        if value.from_block or self.dtype is None:
+            return value.values
+        return self.call(torch.Tensor.to, value.values, self.dtype)
 
     def left(self, node: fx.Node, module: nn.Module, reason: str) -> None:
         self.layers.append(Layer(node.target, type(module).__name__, False, reason))
@@ -175,14 +196,14 @@ class Rewriter:
         if not _has_own_forward(module):
             return self.left(node, module, "has a forward or a weight of another class")
         tucker = isinstance(module, _TuckerConv)
-        core = self.attribute(node.target, "core" if tucker else "weight")
-        u_in = self.attribute(node.target, "u_in") if tucker else None
-        u_out = self.attribute(node.target, "u_out") if tucker else None
+        core = self.weight(node.target, "core" if tucker else "weight")
+        u_in = self.weight(node.target, "u_in") if tucker else None
+        u_out = self.weight(node.target, "u_out") if tucker else None
         readers = [self.model.get_submodule(u.target) for u in node.users if u.op == "call_module"]
         normed = any(_computes_statistics(reader) for reader in readers)
         # A bias cancels in a norm of the convolution's own output.
         only_normed = normed and len(node.users) == 1
-        bias = None if only_normed else self.attribute(node.target, "bias")
+        bias = None if only_normed else self.weight(node.target, "bias")
 
         parts = value.parts if isinstance(value, Concatenated) else (value,)
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
@@ -194,12 +215,12 @@ class Rewriter:
             pending = part.below if isinstance(part, Upsampled) else part
             if isinstance(part, Upsampled):
                 matrix = self.call(arithmetic.upsampling, u_in, begin, end, self.transposed_weight(part))
-                up_bias = self.attribute(part.target, "bias")
+                up_bias = self.weight(part.target, "bias")
                 if up_bias is not None:
                     in_bias = self.call(arithmetic.carried_bias, u_in, begin, end, up_bias, in_bias)
             elif len(parts) > 1:
                 matrix = self.call(arithmetic.columns, u_in, begin, end)
-            sources.append(pending.values)
+            sources.append(self.block_values(pending))
             scale.append(pending.scale)
             shift.append(pending.shift)
             slope.append(float(pending.slope))
@@ -234,13 +255,13 @@ class Rewriter:
             folded.append("statistics for the norm after it")
         self.fused(node, module, ", ".join(folded) or "one pass")
         values, mean, m2 = (self.call(operator.getitem, result, i) for i in range(3))
-        return Pending(values, mean=mean if normed else None, m2=m2 if normed else None)
+        return Pending(values, mean=mean if normed else None, m2=m2 if normed else None, from_block=True)
 
     def transposed_weight(self, part: Upsampled) -> fx.Node:
         if isinstance(part.module, _TuckerConv):
-            factors = (self.attribute(part.target, name) for name in ("u_in", "core", "u_out"))
+            factors = (self.weight(part.target, name) for name in ("u_in", "core", "u_out"))
             return self.call(arithmetic.tucker_weight, *factors)
-        return self.attribute(part.target, "weight")
+        return self.weight(part.target, "weight")
 
     def transposed_convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         if isinstance(value, Concatenated | Upsampled):
@@ -321,7 +342,7 @@ class Rewriter:
     def _normed(self, node: fx.Node, module: nn.Module, value: Pending, affine: fx.Node) -> Pending:
         self.fused(node, module, "applied where its output is read")
         scale, shift = self.call(operator.getitem, affine, 0), self.call(operator.getitem, affine, 1)
-        return Pending(value.values, scale, shift)
+        return Pending(value.values, scale, shift, from_block=value.from_block)
 
     def leaky_relu(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         if not isinstance(value, Pending) or value.slope != 1.0 or value.scale is None:

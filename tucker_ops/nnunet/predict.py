@@ -163,7 +163,7 @@ def _load(
     step_size: float,
     trust: bool,
 ) -> nnUNetPredictor:
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from tucker_ops.nnunet.predictor import Predictor
 
     if not 0 < step_size <= 1:
         raise ConfigError(
@@ -181,7 +181,7 @@ def _load(
             "set nnUNet_extTrainer to the folder of that trainer, or repair the installation"
         )
     with _silenced():
-        predictor = nnUNetPredictor(
+        predictor = Predictor(
             tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
         )
         predictor.initialize_from_trained_model_folder(str(folder.path), folds, checkpoint)
