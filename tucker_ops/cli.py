@@ -198,6 +198,14 @@ def predict(
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Predict this case only; repeat it.")
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            help="Of the fused network on the CPU: fp32, bf16, or auto, which takes bf16 "
+            "where the processor has it and the first tile agrees with fp32.",
+        ),
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Overwrite segmentations that exist.")] = False,
     trust_checkpoint: TrustOption = False,
 ) -> None:
@@ -210,7 +218,8 @@ def predict(
     with case_progress("Predicting") as progress:
         summary = predict_folder(
             model, images, output, folds=fold, checkpoint=checkpoint, device=device, mirroring=mirroring,
-            step_size=step_size, cases=case, overwrite=force, progress=progress, trust=trust_checkpoint,
+            step_size=step_size, cases=case, precision=precision, overwrite=force, progress=progress,
+            trust=trust_checkpoint,
         )  # fmt: skip
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB of memory"
     if summary.peak_cuda_bytes:
@@ -219,6 +228,7 @@ def predict(
         f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to "
         f"{summary.output}"
     )
+    console().print(f"network: {summary.inference}", soft_wrap=True)
 
 
 @app.command()

@@ -53,14 +53,19 @@ class Explanation:
     def layers(self) -> tuple[Layer, ...]:
         return self.fusion.layers
 
-    def __str__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """In one line."""
         if self.fusion.module is None:
             return f"runs as it was: {self.fusion.reason}"
+        if not self.used:
+            return f"runs as it was: {self.used.reason}"
         count = sum(layer.fused for layer in self.layers)
+        return f"{count} of {len(self.layers)} layers fused; {self.used.reason}; {self.precision}"
+
+    def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [f"{count} of {len(self.layers)} layers fused"]
-        lines.append(f"runs {'fused' if self.used else 'as it was'}: {self.used.reason}")
-        lines.append(f"computes in {self.precision}")
+        lines = [self.summary]
         for layer in self.layers:
             state = "fused" if layer.fused else "left "
             lines.append(f"  {state} {layer.name:<{width}}  {layer.kind}: {layer.reason}")

@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
 
 from tucker_ops.errors import (
     ConfigError,
+    ConversionError,
     DeviceError,
     ImageError,
     ModelFolderError,
     OutputExistsError,
     OutputWriteError,
 )
+from tucker_ops.fused import explain, fuse
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
@@ -47,6 +51,7 @@ class PredictionSummary:
 
     ``seconds`` is the total over the cases, without loading the model. ``peak_rss_bytes`` is the largest
     resident memory of the process while it predicted, ``peak_cuda_bytes`` what torch allocated on the GPU.
+    ``inference`` says how the network ran: fused or as it was, in which precision, and why.
     """
 
     model: Path
@@ -56,6 +61,7 @@ class PredictionSummary:
     seconds_per_case: Mapping[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     peak_cuda_bytes: int = 0
+    inference: str = ""
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -74,16 +80,24 @@ def load_predictor(
     device: str = "cpu",
     mirroring: bool = True,
     step_size: float = 0.5,
+    precision: str = "auto",
     trust: bool = False,
 ) -> nnUNetPredictor:
-    """nnU-Net's predictor with the model loaded, after the folder was checked.
+    """nnU-Net's predictor with the model loaded, after the folder was checked, and its network fused.
 
-    `step_size` is the distance of neighbouring tiles as a fraction of the patch. Raises the errors of
-    `read_model_folder`, ConfigError, and DeviceError.
+    `step_size` is the distance of neighbouring tiles as a fraction of the patch, `precision` that of
+    `tucker_ops.fuse`. Raises the errors of `read_model_folder`, ConfigError, and DeviceError.
     """
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
     return _load(
-        folder, folder.select_folds(folds, checkpoint), checkpoint, device, mirroring, step_size, trust
+        folder,
+        folder.select_folds(folds, checkpoint),
+        checkpoint,
+        device,
+        mirroring,
+        step_size,
+        precision,
+        trust,
     )
 
 
@@ -98,13 +112,15 @@ def predict_folder(
     mirroring: bool = True,
     step_size: float = 0.5,
     cases: Sequence[str] | None = None,
+    precision: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
     trust: bool = False,
 ) -> PredictionSummary:
     """Segment every case of `input_dir`; `cases` names some of them.
 
-    Cases are predicted one after the other in this process, by nnU-Net's `predict_from_files_sequential`; a
+    Cases are predicted one after the other in this process, by nnU-Net's `predict_from_files_sequential` with
+    the network fused (`precision` as in `tucker_ops.fuse`) and, on the CPU, tiles summed up in float32; a
     segmentation appears in `output_dir` only once it is complete. `progress` is called with the case, how
     many are done, and how many there are. All checks come before the first prediction. Raises those errors
     of `load_predictor` and `find_cases`, OutputExistsError for segmentations that exist (unless
@@ -128,7 +144,7 @@ def predict_folder(
         _check_same(output_dir / "plans.json", folder.plans)
         _check_same(output_dir / "dataset.json", folder.dataset_json)
     chosen = folder.select_folds(folds, checkpoint)
-    predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, trust)
+    predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, precision, trust)
 
     seconds: dict[str, float] = {}
     with _scratch(output_dir) as scratch, PeakMemory(torch.device(device)) as peak, _threads_kept():
@@ -151,6 +167,7 @@ def predict_folder(
         seconds_per_case=seconds,
         peak_rss_bytes=peak.rss_bytes,
         peak_cuda_bytes=peak.cuda_bytes,
+        inference=_describe(predictor.network, device),
     )
 
 
@@ -161,6 +178,7 @@ def _load(
     device: str,
     mirroring: bool,
     step_size: float,
+    precision: str,
     trust: bool,
 ) -> nnUNetPredictor:
     from tucker_ops.nnunet.predictor import Predictor
@@ -185,7 +203,19 @@ def _load(
             tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
         )
         predictor.initialize_from_trained_model_folder(str(folder.path), folds, checkpoint)
+    # A network that nnU-Net was told to compile, or that cannot be traced, runs as it is.
+    with contextlib.suppress(ConversionError):
+        if not isinstance(predictor.network, OptimizedModule):
+            predictor.network = fuse(predictor.network, precision=precision)
     return predictor
+
+
+def _describe(network: nn.Module, device: str) -> str:
+    """How the network ran, in one line."""
+    if isinstance(network, OptimizedModule):
+        return "as torch.compile left it"
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+    return explain(network, device=torch.device(device).type, dtype=dtype).summary
 
 
 def _device(name: str) -> torch.device:
