@@ -1,0 +1,483 @@
+"""`python -m bench.networks`: one block, and whole networks, fused against what a user would run.
+
+Dense and compressed to rank 1/2: as nnU-Net runs them (eager, contiguous), channels-last, OpenVINO, torch.compile
+(`--full`), and fused. Each peer is compared with float64 first, on a patch of 64³, and at full size with torch; then
+all take one turn per round, in shuffled order. Peak memory beyond weights and input is measured in a process each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.memory import CLEAR_REFS, MALLOC_RETURNS_FREED, _status_bytes
+from bench.operands import relative_rms
+from bench.peers.runtimes import missing
+from bench.provenance import provenance
+from tucker_ops import CompressionConfig, compress, fuse
+from tucker_ops.backends import native
+from tucker_ops.fused import explain
+from tucker_ops.nn import TuckerConv3d
+
+HERE = Path(__file__).resolve().parent
+OUTPUT = HERE / "results" / "latest_networks"
+SEED = 20240409
+OUTPUTS = 25
+GATES = {"float32": 1e-4, "bfloat16": 2.5e-2}
+AS_NNUNET = "eager"
+OURS = "fused"
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed: one block or a whole network on one patch of `extent`³, compressed at `factor` or dense."""
+
+    name: str
+    extent: int
+    build: Callable[[], nn.Module]
+    channels: int
+    factor: float | None
+
+    @property
+    def form(self) -> str:
+        return "dense" if self.factor is None else f"rank {self.factor:g}"
+
+    def network(self) -> nn.Module:
+        return _network(self.build, self.factor)
+
+    def input(self) -> Tensor:
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randn(1, self.channels, *(self.extent,) * 3, generator=generator)
+
+
+@cache
+def _network(build: Callable[[], nn.Module], factor: float | None) -> nn.Module:
+    torch.manual_seed(SEED)
+    network = build().eval().requires_grad_(False)
+    return network if factor is None else compress(network, CompressionConfig(factor=factor))
+
+
+def block() -> nn.Module:
+    """Norm and activation of the block before, then one of 32 channels: what a fused block computes in one pass.
+
+    The convolution's bias, which the norm cancels and a fused network drops, is zero.
+    """
+    layers = nn.Sequential(
+        nn.InstanceNorm3d(32, affine=True),
+        nn.LeakyReLU(0.01),
+        nn.Conv3d(32, 32, 3, padding=1),
+        nn.InstanceNorm3d(32, affine=True),
+        nn.LeakyReLU(0.01),
+    )
+    nn.init.zeros_(layers[2].bias)
+    return layers
+
+
+def plain_unet() -> nn.Module:
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+
+    return PlainConvUNet(
+        1, 6, (32, 64, 128, 256, 320, 320), nn.Conv3d, 3, (1, 2, 2, 2, 2, 2), 2, OUTPUTS, 2, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+
+
+def residual_unet() -> nn.Module:
+    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+    return ResidualEncoderUNet(
+        1, 6, (32, 64, 128, 256, 320, 320), nn.Conv3d, 3, (1, 2, 2, 2, 2, 2), (1, 3, 4, 6, 6, 6), OUTPUTS, 1,
+        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
+    )  # fmt: skip
+
+
+CASES = (
+    Case("unet_128", 128, plain_unet, 1, None),
+    Case("unet_128", 128, plain_unet, 1, 0.5),
+)
+FULL = (
+    *CASES,
+    Case("unet_64", 64, plain_unet, 1, None),
+    Case("unet_64", 64, plain_unet, 1, 0.5),
+    Case("unet_128", 128, plain_unet, 1, 1 / 3),
+    Case("unet_128", 128, plain_unet, 1, 0.25),
+    Case("resenc_m_128", 128, residual_unet, 1, None),
+    Case("resenc_m_128", 128, residual_unet, 1, 0.5),
+)
+
+
+def as_convolutions(network: nn.Module) -> nn.Module:
+    """A copy with each TuckerConv3d as three nn.Conv3d, which every runtime knows."""
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TuckerConv3d):
+                setattr(parent, name, _three(child))
+    return network
+
+
+def _three(module: TuckerConv3d) -> nn.Sequential:
+    rank_in, rank_out = module.ranks
+    ones = (1, 1, 1)
+    layers = nn.Sequential(
+        nn.Conv3d(module.in_channels, rank_in, 1, bias=False),
+        nn.Conv3d(rank_in, rank_out, module.kernel_size, module.stride, module.padding, bias=False),
+        nn.Conv3d(rank_out, module.out_channels, 1, bias=module.bias is not None),
+    )
+    for layer, weight in zip(layers, (module.u_in, module.core, module.u_out), strict=True):
+        layer.weight.data = weight.data.reshape(*weight.shape, *ones) if weight.dim() == 2 else weight.data
+    if module.bias is not None:
+        layers[2].bias.data = module.bias.data
+    return layers
+
+
+def _eager(case: Case, dtype: torch.dtype) -> Call:
+    network, x = as_convolutions(case.network()).to(dtype), case.input().to(dtype)
+    return lambda: network(x)
+
+
+def _channels_last(case: Case, dtype: torch.dtype) -> Call:
+    layout = torch.channels_last_3d
+    network = as_convolutions(case.network()).to(dtype).to(memory_format=layout)
+    x = case.input().to(dtype).contiguous(memory_format=layout)
+    return lambda: network(x)
+
+
+def _compiled(case: Case, dtype: torch.dtype) -> Call:
+    network, x = torch.compile(as_convolutions(case.network()).to(dtype)), case.input().to(dtype)
+    return lambda: network(x)
+
+
+def _openvino(case: Case, dtype: torch.dtype) -> Call:
+    import openvino
+
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    core, x = openvino.Core(), case.input()
+    model = openvino.convert_model(as_convolutions(case.network()), example_input=x, input=[x.shape])
+    options = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    request = core.compile_model(model, "CPU", options).create_infer_request()
+    request.set_input_tensor(0, openvino.Tensor(x.numpy(), shared_memory=True))
+    output = torch.empty(1, OUTPUTS, *x.shape[2:])
+    request.set_output_tensor(0, openvino.Tensor(output.numpy(), shared_memory=True))
+
+    def call() -> Tensor:
+        request.infer(share_outputs=True)
+        return output
+
+    return call
+
+
+def _fused(case: Case, dtype: torch.dtype) -> Call:
+    network = fuse(copy.deepcopy(case.network()), precision="bf16" if dtype == torch.bfloat16 else "fp32")
+    x = case.input()
+    used = explain(network).used
+    if not used:
+        raise RuntimeError(used.reason)
+    return lambda: network(x)
+
+
+PEERS: dict[str, Callable[[Case, torch.dtype], Call]] = {
+    AS_NNUNET: _eager,
+    "channels-last": _channels_last,
+    "openvino": _openvino,
+    "compile": _compiled,
+    OURS: _fused,
+}
+
+
+def why_not(peer: str, dtype: torch.dtype, full: bool) -> str | None:
+    """Why a peer has no place in this run; None where it has one."""
+    if peer == "openvino" and (reason := missing("openvino")):
+        return reason
+    if peer == "compile" and not full:
+        return "in --full only: compiling takes minutes"
+    if dtype == torch.bfloat16 and peer != OURS and not native.multiplies_bfloat16():
+        return (
+            "this processor has no bfloat16 instructions: torch takes minutes, OpenVINO computes in float32"
+        )
+    return None
+
+
+def exact(case: Case) -> Tensor:
+    """The float64 answer."""
+    with torch.inference_mode():
+        return as_convolutions(case.network()).double()(case.input().double())
+
+
+def checkable(case: Case) -> Case:
+    """The same network on a patch small enough for float64, of which torch unfolds every window."""
+    return replace(case, extent=min(case.extent, 64))
+
+
+def measure(case: Case, dtypes: Sequence[str], rounds: int, full: bool, memory: bool) -> list[dict]:
+    """Rows of one case: every peer in every dtype, times in milliseconds."""
+    small, rows, calls = checkable(case), [], {}
+    with torch.inference_mode():
+        reference, whole = exact(small), _eager(case, torch.float32)().clone()
+        for dtype in dtypes:
+            for peer, prepare in PEERS.items():
+                row = {
+                    "case": case.name,
+                    "form": case.form,
+                    "peer": peer,
+                    "dtype": dtype,
+                    "status": "measured",
+                }
+                rows.append(row)
+                reason = why_not(peer, getattr(torch, dtype), full)
+                if reason is not None:
+                    row |= {"status": "left out", "reason": reason}
+                    continue
+                row["relative_rms"] = relative_rms(prepare(small, getattr(torch, dtype))().float(), reference)
+                call = prepare(case, getattr(torch, dtype))
+                row["relative_rms_to_eager"] = relative_rms(call().float(), whole)
+                row["gate"] = GATES[dtype]
+                # Written so that NaN is refused.
+                if not max(row["relative_rms"], row["relative_rms_to_eager"]) <= row["gate"]:
+                    row |= {"status": "refused", "reason": f"error above the gate of {row['gate']}"}
+                    continue
+                calls[len(rows) - 1] = call
+        del reference, whole
+        samples = {index: [] for index in calls}
+        for turn in range(rounds):
+            gc.collect()
+            for index in random.Random(turn).sample(list(calls), len(calls)):
+                begin = time.perf_counter()
+                calls[index]()
+                samples[index].append(1e3 * (time.perf_counter() - begin))
+    del calls
+    nnunet = next(i for i, r in enumerate(rows) if (r["peer"], r["dtype"]) == (AS_NNUNET, "float32"))
+    others = [i for i in samples if rows[i]["peer"] != OURS]
+    for index, times in samples.items():
+        same = [i for i in others if rows[i]["dtype"] == rows[index]["dtype"]]
+        strongest = min(same, key=lambda i: statistics.median(samples[i]), default=None)
+        rows[index] |= {
+            "median_ms": statistics.median(times),
+            "fastest_ms": min(times),
+            "slowest_ms": max(times),
+            "rounds": rounds,
+            "ratio_to_nnunet": _ratio(times, samples[nnunet]),
+            "strongest_peer": None if strongest is None else rows[strongest]["peer"],
+            "ratio_to_strongest": None if strongest is None else _ratio(times, samples[strongest]),
+        }
+        if memory:
+            rows[index]["peak_bytes"] = peak_bytes(case, rows[index]["peer"], rows[index]["dtype"])
+    return rows
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def peak_bytes(case: Case, peer: str, dtype: str) -> int | None:
+    """Memory of one call beyond weights and input, in a process of its own; None where Linux does not tell."""
+    if not CLEAR_REFS.exists():
+        return None
+    names = [case.name, case.form, peer, dtype, str(torch.get_num_threads())]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.networks", "--peak", *names],
+        capture_output=True,
+        text=True,
+        env=os.environ | MALLOC_RETURNS_FREED | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {names} failed: {done.stderr[-500:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def _print_peak(name: str, form: str, peer: str, dtype: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    case = next(c for c in FULL if (c.name, c.form) == (name, form))
+    with torch.inference_mode():
+        call = PEERS[peer](case, getattr(torch, dtype))
+        call()  # weights in the form in which the peer keeps them are part of the weights
+        gc.collect()
+        CLEAR_REFS.write_text("5")
+        before = _status_bytes("VmRSS")
+        call()
+        print(max(0, _status_bytes("VmHWM") - before))
+
+
+def measure_block(dtypes: Sequence[str], rounds: int, extent: int = 128) -> list[dict]:
+    """Norm, activation, convolution and statistics of 32 channels, rank 16: one op against the modules."""
+    torch.manual_seed(SEED)
+    dense = block().eval().requires_grad_(False)
+    tucker = compress(copy.deepcopy(dense), CompressionConfig(factor=0.5))
+    x = torch.randn(1, 32, *(extent,) * 3)
+    last = torch.channels_last_3d
+    norm, conv = dense[0], tucker[2]
+    calls: dict[tuple[str, str, str], Call] = {}
+    with torch.inference_mode():
+        three = as_convolutions(tucker)
+        # What stands behind a convolution in the network: the norm before belongs to the block before.
+        behind = {"dense": dense[2:], "rank 0.5": three[2:]}
+        given = nn.functional.leaky_relu(
+            nn.functional.instance_norm(x, None, None, norm.weight, norm.bias), 0.01
+        )
+        for form, modules in behind.items():
+            modules_last = copy.deepcopy(modules).to(memory_format=last)
+            given_last = given.contiguous(memory_format=last)
+            calls[form, AS_NNUNET, "float32"] = lambda m=modules: m(given)
+            calls[form, "channels-last", "float32"] = lambda m=modules_last, g=given_last: m(g)
+        flat = x.flatten(2)
+        scale = norm.weight * torch.rsqrt(flat.var(2, correction=0) + norm.eps)
+        shift = norm.bias - flat.mean(2) * scale
+        for form, module in (("dense", dense[2]), ("rank 0.5", conv)):
+            for dtype in dtypes:
+                calls[form, OURS, dtype] = _block_call(x, scale, shift, module, getattr(torch, dtype))
+        # In float32: torch's float64 would unfold every window at this size.
+        expected = {form: modules[0](given).double() for form, modules in behind.items()}
+        rows = []
+        for form, peer, dtype in calls:
+            row = {"case": "block_128", "form": form, "peer": peer, "dtype": dtype, "status": "measured"}
+            if peer == OURS:
+                row["relative_rms_to_eager"] = relative_rms(
+                    calls[form, peer, dtype]()[0].float(), expected[form]
+                )
+                if not row["relative_rms_to_eager"] <= GATES[dtype]:
+                    row |= {"status": "refused", "reason": f"error above the gate of {GATES[dtype]}"}
+            rows.append(row)
+        del expected
+        samples: list[list[float]] = [[] for _ in rows]
+        for turn in range(rounds + 1):
+            for index in random.Random(turn).sample(range(len(rows)), len(rows)):
+                begin = time.perf_counter()
+                list(calls.values())[index]()
+                if turn:
+                    samples[index].append(1e3 * (time.perf_counter() - begin))
+    nnunet = samples[list(calls).index(("dense", AS_NNUNET, "float32"))]
+    three_last = min(
+        (samples[list(calls).index(("rank 0.5", peer, "float32"))] for peer in (AS_NNUNET, "channels-last")),
+        key=statistics.median,
+    )
+    for row, times in zip(rows, samples, strict=True):
+        row |= {
+            "median_ms": statistics.median(times),
+            "fastest_ms": min(times),
+            "slowest_ms": max(times),
+            "rounds": rounds,
+            "ratio_to_nnunet": _ratio(times, nnunet),
+            "strongest_peer": "three convolutions, best layout",
+            "ratio_to_strongest": _ratio(times, three_last),
+        }
+    return rows
+
+
+def _block_call(x: Tensor, scale: Tensor, shift: Tensor, conv: nn.Module, dtype: torch.dtype) -> Callable:
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    tucker = isinstance(conv, TuckerConv3d)
+    reduce, core, u_out = (conv.u_in, conv.core, conv.u_out) if tucker else (None, conv.weight, None)
+    weights = [None if w is None else w.to(dtype) for w in (reduce, core, u_out)]
+    ones = [1, 1, 1]
+    call = torch.ops.tucker_ops.tucker_block
+    return lambda: call(
+        [x], [None], [scale], [shift], [0.01], [weights[0]], None, weights[1], ones, ones, ones, weights[2], None,
+        "channel", False, backend="cpu",
+    )  # fmt: skip
+
+
+def table(rows: Sequence[dict]) -> Table:
+    columns = (
+        "case",
+        "form",
+        "peer",
+        "dtype",
+        "ms",
+        "÷ dense as nnU-Net runs it",
+        "÷ strongest",
+        "error",
+        "peak MB",
+    )
+    result = Table(*columns, box=MARKDOWN)
+    dense = {row["case"]: row["median_ms"] for row in rows if _is_baseline(row)}
+    for row in rows:
+        if "median_ms" not in row:
+            continue
+        base = dense.get(row["case"])
+        strongest = row["ratio_to_strongest"]
+        result.add_row(
+            row["case"], row["form"], row["peer"], row["dtype"],
+            f"{row['median_ms']:.0f} ({row['fastest_ms']:.0f} to {row['slowest_ms']:.0f})",
+            "–" if base is None else f"{row['median_ms'] / base:.2f}",
+            "–" if strongest is None else f"{strongest:.2f}",
+            "–" if row.get("relative_rms") is None else f"{row['relative_rms']:.0e}",
+            "–" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}",
+        )  # fmt: skip
+    return result
+
+
+def _is_baseline(row: dict) -> bool:
+    return (row["form"], row["peer"], row["dtype"]) == ("dense", AS_NNUNET, "float32") and "median_ms" in row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code 1 where a result missed its gate."""
+    parser = argparse.ArgumentParser(prog="python -m bench.networks", description=__doc__)
+    parser.add_argument("--full", action="store_true", help="more networks, ranks and peers; an hour")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.peak:
+        _print_peak(*options.peak)
+        return 0
+    dtypes = ("float32", "bfloat16")
+    rows = measure_block(dtypes, 4 * options.rounds)
+    for case in FULL if options.full else CASES:
+        print(f"{case.name}, {case.form}", file=sys.stderr, flush=True)
+        rows += measure(case, dtypes, options.rounds, options.full, not options.no_memory)
+        _network.cache_clear()
+    origin = provenance()
+    write(rows, origin, options.output)
+    return int(any(row["status"] == "refused" for row in rows))
+
+
+def write(rows: Sequence[dict], origin: dict, output: Path) -> None:
+    """results.json with provenance in every row, results.md with what is printed."""
+    output.mkdir(parents=True, exist_ok=True)
+    note = ", ".join(
+        f"{key} {origin[key]}"
+        for key in ("cpu", "threads", "tucker_ops_isa", "torch", "openvino", "commit", "date")
+    )
+    left = sorted({f"- {r['peer']} {r['dtype']}: {r['reason']}" for r in rows if r["status"] != "measured"})
+    with (output / "results.md").open("w") as file:
+        for console in (Console(width=160), Console(file=file, width=160)):
+            console.print(table(rows))
+            console.print(
+                f"{note}.\nStrongest: the fastest that is not ours, same form and dtype.", soft_wrap=True
+            )
+            for line in left:
+                console.print(line, soft_wrap=True)
+    (output / "results.json").write_text(json.dumps([{**row, **origin} for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
