@@ -11,8 +11,8 @@
 #include <tuple>
 
 #include "execute.h"
+#include "pool.h"
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -117,14 +117,11 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
   STD_TORCH_CHECK(g.in_channels > 0 && g.rank_in > 0 && g.rank_out > 0 && g.out_channels > 0, kOp,
                   ": channels and ranks must be at least 1");
 
-  const MemoryFormat channels_last = ndim == 2 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  Tensor output = torch::stable::empty(output_size(g, ndim), dtype, std::nullopt, std::nullopt, std::nullopt,
-                                       contiguous ? MemoryFormat::Contiguous : channels_last);
+  Tensor output = pooled_empty(output_size(g, ndim), dtype, !contiguous);
   const bool wanted = stats != "none";
   const std::vector<int64_t> size{g.batch, wanted ? g.out_channels : 0};
   Tensor mean = torch::stable::empty(size, ScalarType::Float), m2 = torch::stable::empty(size, ScalarType::Float);
   if (output.numel() == 0) return {output, mean, m2};
-  advise_huge_pages(output.mutable_data_ptr(), output.numel() * (dtype == ScalarType::Float ? 4 : 2));
 
   pass.source_count = count;
   pass.y = output.mutable_data_ptr();

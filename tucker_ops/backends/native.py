@@ -19,6 +19,8 @@ LIBRARY = _PACKAGE / "libtucker_ops_native.so"
 STATUS = _PACKAGE / "_build_status.json"
 ISA_VARIABLE = "TUCKER_CPU_ISA"
 CORE_VARIABLE = "TUCKER_CPU_CORE"
+# Megabytes of idle buffers kept at most, 1024 where it is not set.
+POOL_VARIABLE = "TUCKER_CPU_POOL_MB"
 CORES = ("direct", "winograd2", "winograd4")
 
 
@@ -46,6 +48,13 @@ def isas() -> tuple[str, ...]:
     names = _functions().tucker_ops_cpu_isas
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split(","))
+
+
+def pool_bytes() -> int:
+    """Bytes of idle buffers that fused networks keep for their next call; see POOL_VARIABLE."""
+    size = _functions().tucker_ops_cpu_pool_bytes
+    size.restype = ctypes.c_int64
+    return size()
 
 
 def isa() -> str:

@@ -85,9 +85,10 @@ class FusedForward:
     precision: str | None = None
 
     def forward(self, input: Tensor):
-        if not _may_fuse(self, input) or fusion_of(self).module is None:
+        if not _may_fuse(self, input):
             return super().forward(input)
-        return _run(self, input)
+        fusion = fusion_of(self)
+        return super().forward(input) if fusion.module is None else _run(self, fusion, input)
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != _STATE}
@@ -202,11 +203,12 @@ def fusion_of(model: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
     return state.fusions[dtype]
 
 
-def _run(model: nn.Module, input: Tensor):
+def _run(model: nn.Module, fusion: Fusion, input: Tensor):
+    """`fusion` is that in the model's own dtype."""
     choice = _chosen(model, input.dtype)
     if choice.final:
-        return fusion_of(model, choice.dtype).module(input)
-    exact = fusion_of(model).module(input)
+        return (fusion if choice.dtype is None else fusion_of(model, choice.dtype)).module(input)
+    exact = fusion.module(input)
     low = fusion_of(model, torch.bfloat16).module(input)
     difference = max(_relative_rms(a, b) for a, b in zip(_tensors(low), _tensors(exact), strict=True))
     good = difference <= LARGEST_DIFFERENCE

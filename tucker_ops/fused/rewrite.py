@@ -162,6 +162,10 @@ class Rewriter:
     def call(self, function: Callable, *args) -> fx.Node:
         return self.new.call_function(function, args)
 
+    def product(self, function: Callable, *args) -> fx.Node:
+        """A function of weights alone, computed when they change."""
+        return self.call(arithmetic.Remembered(function), *args)
+
     def attribute(self, target: str, name: str) -> fx.Node | None:
         """A parameter or buffer of a module, or None where it has none."""
         if getattr(self.model.get_submodule(target), name, None) is None:
@@ -208,18 +212,26 @@ class Rewriter:
         parts = value.parts if isinstance(value, Concatenated) else (value,)
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
         if u_in is None and (len(parts) > 1 or isinstance(parts[0], Upsampled)):
-            u_in = self.call(arithmetic.identity, core)
+            u_in = self.product(arithmetic.identity, core)
         sources, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], None, 0
         for part, width in zip(parts, widths, strict=True):
             end, matrix = begin + width, u_in
             pending = part.below if isinstance(part, Upsampled) else part
             if isinstance(part, Upsampled):
-                matrix = self.call(arithmetic.upsampling, u_in, begin, end, self.transposed_weight(part))
+                matrix = self.call(
+                    arithmetic.Remembered(arithmetic.upsampling),
+                    u_in,
+                    begin,
+                    end,
+                    self.transposed_weight(part),
+                )
                 up_bias = self.weight(part.target, "bias")
                 if up_bias is not None:
-                    in_bias = self.call(arithmetic.carried_bias, u_in, begin, end, up_bias, in_bias)
+                    in_bias = self.call(
+                        arithmetic.Remembered(arithmetic.carried_bias), u_in, begin, end, up_bias, in_bias
+                    )
             elif len(parts) > 1:
-                matrix = self.call(arithmetic.columns, u_in, begin, end)
+                matrix = self.product(arithmetic.columns, u_in, begin, end)
             sources.append(self.block_values(pending))
             scale.append(pending.scale)
             shift.append(pending.shift)
@@ -260,7 +272,7 @@ class Rewriter:
     def transposed_weight(self, part: Upsampled) -> fx.Node:
         if isinstance(part.module, _TuckerConv):
             factors = (self.weight(part.target, name) for name in ("u_in", "core", "u_out"))
-            return self.call(arithmetic.tucker_weight, *factors)
+            return self.product(arithmetic.tucker_weight, *factors)
         return self.weight(part.target, "weight")
 
     def transposed_convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:

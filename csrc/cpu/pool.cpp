@@ -1,0 +1,126 @@
+#include "pool.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cstdlib>
+#include <list>
+#include <mutex>
+
+#include "execute.h"
+#include "one_pass.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace tucker_ops::cpu {
+namespace {
+
+constexpr int64_t kHugePage = 2 * 1024 * 1024;
+constexpr int64_t kSmallestPooled = 16 * kHugePage;
+constexpr int64_t kDefaultMegabytes = 1024;
+// A buffer serves a tensor of at least this share of it.
+constexpr double kLeastUse = 0.75;
+
+struct Buffer {
+  void* data;
+  int64_t bytes;
+};
+
+int64_t most_idle_bytes() {
+  const char* megabytes = std::getenv("TUCKER_CPU_POOL_MB");
+  if (!megabytes || !*megabytes) return kDefaultMegabytes << 20;
+  return std::max<int64_t>(0, std::min<int64_t>(std::atoll(megabytes), INT64_MAX >> 20)) << 20;
+}
+
+// Oldest first. Never waits for its lock, so a child forked while another thread held it only loses the idle buffers.
+class Pool {
+ public:
+  Buffer take(int64_t bytes) {
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      auto best = idle_.end();
+      for (auto it = idle_.begin(); it != idle_.end(); ++it)
+        if (it->bytes >= bytes && bytes >= kLeastUse * it->bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
+      if (best != idle_.end()) {
+        const Buffer found = *best;
+        idle_.erase(best);
+        bytes_ -= found.bytes;
+        return found;
+      }
+    }
+    const Buffer fresh{std::aligned_alloc(kHugePage, bytes), bytes};
+    if (fresh.data) advise_huge_pages(fresh.data, bytes);
+    return fresh;
+  }
+
+  void give_back(Buffer buffer) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    const int64_t most = most_idle_bytes();
+    if (!lock || buffer.bytes > most) return std::free(buffer.data);
+#if defined(__linux__)
+    madvise(buffer.data, buffer.bytes, MADV_FREE);
+#endif
+    bytes_ += buffer.bytes;
+    idle_.push_back(buffer);
+    while (bytes_ > most) {
+      bytes_ -= idle_.front().bytes;
+      std::free(idle_.front().data);
+      idle_.pop_front();
+    }
+  }
+
+  int64_t bytes() {
+    const std::unique_lock lock(mutex_);
+    return bytes_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::list<Buffer> idle_;
+  int64_t bytes_ = 0;
+};
+
+Pool& pool() {
+  // Never destroyed: tensors may outlive everything else in the process.
+  static Pool& instance = *new Pool;
+  return instance;
+}
+
+}  // namespace
+
+Tensor pooled_empty(const std::vector<int64_t>& size, ScalarType dtype, bool channels_last) {
+  int64_t elements = 1;
+  for (int64_t extent : size) elements *= extent;
+  const int64_t bytes = elements * (dtype == ScalarType::Float ? 4 : 2);
+  const Buffer buffer = bytes < kSmallestPooled || most_idle_bytes() == 0
+                            ? Buffer{nullptr, 0}
+                            : pool().take(ceil_div(bytes, kHugePage) * kHugePage);
+  if (!buffer.data) {
+    const MemoryFormat last = size.size() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+    Tensor plain = torch::stable::empty(size, dtype, std::nullopt, std::nullopt, std::nullopt,
+                                        channels_last ? last : MemoryFormat::Contiguous);
+    if (bytes > 0) advise_huge_pages(plain.mutable_data_ptr(), bytes);
+    return plain;
+  }
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  auto next = [&](size_t axis) {
+    strides[axis] = stride;
+    stride *= size[axis];
+  };
+  if (channels_last) next(1);
+  for (size_t axis = size.size() - 1; axis >= 2; --axis) next(axis);
+  if (!channels_last) next(1);
+  next(0);
+  return torch::stable::from_blob(buffer.data, size, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  dtype, [buffer](void*) { pool().give_back(buffer); });
+}
+
+}  // namespace tucker_ops::cpu
+
+int64_t tucker_ops_cpu_pool_bytes() { return tucker_ops::cpu::pool().bytes(); }

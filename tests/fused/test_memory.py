@@ -1,0 +1,126 @@
+"""Buffers of a fused network: used again, given back, and less of them than eager needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.fused.networks import plain_unet
+from tucker_ops import fuse
+from tucker_ops.backends import native
+
+block_op = torch.ops.tucker_ops.tucker_block
+
+
+@pytest.fixture(autouse=True)
+def _kernels():
+    if not native.load():
+        pytest.skip(native.load().reason)
+
+
+def large_block(x: torch.Tensor, contiguous: bool = False) -> torch.Tensor:
+    core = torch.ones(32, 1, 1, 1, 1)
+    ones = [1] * 3
+    call = [[x], [None], [None], [None], [1.0], [None], None, core, ones, [0] * 3, ones, None, None, "none"]
+    return block_op(*call, contiguous)[0]
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_large_buffers_are_used_again(contiguous):
+    x = torch.randn(1, 1, 64, 64, 128)
+    size = 32 * 64 * 64 * 128 * 4
+    first = large_block(x, contiguous)
+    assert torch.equal(first, x.expand_as(first))
+    before = native.pool_bytes()
+    del first
+    assert native.pool_bytes() >= before + size
+    kept = [large_block(factor * x, contiguous) for factor in range(4)]
+    assert native.pool_bytes() <= before
+    assert len({tensor.data_ptr() for tensor in kept}) == 4
+    for factor, tensor in enumerate(kept):
+        assert torch.equal(tensor, factor * x.expand_as(tensor))
+
+
+def test_the_pool_has_a_limit_and_can_be_turned_off(monkeypatch):
+    x = torch.randn(1, 1, 64, 64, 128)
+    monkeypatch.setenv(native.POOL_VARIABLE, "80")
+    kept = [large_block(x) for _ in range(3)]
+    kept.clear()
+    assert native.pool_bytes() <= 80 * 2**20
+    monkeypatch.setenv(native.POOL_VARIABLE, "0")
+    before = native.pool_bytes()
+    large_block(x)
+    assert native.pool_bytes() == before
+
+
+def test_views_keep_a_buffer_alive():
+    x = torch.randn(1, 1, 64, 64, 128)
+    view = large_block(x)[:, :1]
+    for factor in range(3):
+        large_block(factor * x)
+    assert torch.equal(view, x)
+
+
+PEAK = """
+import re, torch
+from tests.fused.networks import plain_unet
+from tucker_ops import fuse
+
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) * 1024
+
+network = plain_unet(features=(16, 32, 32), classes=4)
+if {fused}:
+    network = fuse(network)
+with torch.inference_mode():
+    network(torch.zeros(1, 1, 16, 16, 16))
+    x = torch.randn(1, 1, 112, 112, 112)
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = status("VmRSS")
+    network(x)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory(repo_root):
+    pytest.importorskip("dynamic_network_architectures")
+
+    def peak(fused: bool) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK.format(fused=fused)], capture_output=True, text=True, cwd=repo_root
+        )
+        if "clear_refs" in done.stderr:
+            pytest.skip(f"this system does not let a process reset its peak memory: {done.stderr[-200:]}")
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    fused, eager = peak(True), peak(False)
+    print(f"peak above weights and input, fused {fused / 1e6:.0f} MB, eager {eager / 1e6:.0f} MB")
+    assert fused < 0.7 * eager
+
+
+def test_products_of_weights_follow_changes_of_any_kind():
+    network = plain_unet()
+    fused, x = fuse(network), torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        fused(x)
+        for change in (
+            lambda w: w.mul_(2),
+            lambda w: w.data.mul_(2),
+            lambda w: w.numpy().__imul__(2),
+        ):
+            change(network.decoder.transpconvs[0].weight.detach())
+            assert torch.allclose(fused(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_that_is_not_a_unet():
+    network = nn.Sequential(nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3), nn.LeakyReLU(), nn.AdaptiveAvgPool3d(1))
+    x = torch.randn(2, 2, 6, 7, 8)
+    with torch.no_grad():
+        assert torch.allclose(fuse(network.eval())(x), network(x), atol=1e-6)
