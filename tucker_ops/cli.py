@@ -206,6 +206,9 @@ def predict(
             "where the processor has it and the first tile agrees with fp32.",
         ),
     ] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Fold norms and activations into the convolutions.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Overwrite segmentations that exist.")] = False,
     trust_checkpoint: TrustOption = False,
 ) -> None:
@@ -218,8 +221,8 @@ def predict(
     with case_progress("Predicting") as progress:
         summary = predict_folder(
             model, images, output, folds=fold, checkpoint=checkpoint, device=device, mirroring=mirroring,
-            step_size=step_size, cases=case, precision=precision, overwrite=force, progress=progress,
-            trust=trust_checkpoint,
+            step_size=step_size, cases=case, precision=precision, fused=fuse, overwrite=force,
+            progress=progress, trust=trust_checkpoint,
         )  # fmt: skip
     memory = f"{summary.peak_rss_bytes / 1e9:.2f} GB of memory"
     if summary.peak_cuda_bytes:
@@ -228,7 +231,9 @@ def predict(
         f"{len(summary.cases)} cases in {summary.seconds:.1f} s, at most {memory}; written to "
         f"{summary.output}"
     )
-    console().print(f"network: {summary.inference}", soft_wrap=True)
+    console().print(
+        f"{summary.network_seconds:.1f} s of it in the network: {summary.inference}", soft_wrap=True
+    )
 
 
 @app.command()

@@ -77,12 +77,14 @@ class FusedForward:
 
     Blocks run in evaluation mode where nothing requires a gradient, autocast is off and a kernel computes them; the
     variable TUCKER_FUSE=0 turns them off. ``precision`` (see `fuse`), where it is not set, is that of the variable
-    TUCKER_PRECISION, or fp32. Parameters, their names and
+    TUCKER_PRECISION, or fp32; ``fused`` set to False turns blocks off for this object. Parameters, their names and
     the state dict stay those of the class, and weights may change or be loaded at any time. A network that cannot be
     traced runs as it was; `tucker_ops.fused.explain` says why.
     """
 
     precision: str | None = None
+    # False: inference runs as in the class behind this one.
+    fused: bool = True
 
     def forward(self, input: Tensor):
         if not _may_fuse(self, input):
@@ -138,6 +140,8 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
     parameter = next(model.parameters(), torch.empty(0))
     dtype = dtype or parameter.dtype
     used = _kernels(device or parameter.device.type, dtype)
+    if not fused.fused:
+        used = Verdict(False, "turned off for this network")
     return Explanation(fusion, used, _chosen(fused, dtype).reason)
 
 
@@ -147,7 +151,13 @@ def _fused_class(cls: type) -> type:
 
 
 def _may_fuse(model: nn.Module, input: Tensor) -> bool:
-    if model.training or not isinstance(input, Tensor) or _global_forward_hooks or _global_forward_pre_hooks:
+    if (
+        model.training
+        or not model.fused
+        or not isinstance(input, Tensor)
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+    ):
         return False
     if not torch.compiler.is_compiling() and not _kernels(input.device.type, input.dtype):
         return False

@@ -82,7 +82,8 @@ def demo(
     for name, model in {DENSE: dense, **models}.items():
         say(f"predicting, {name}", len(factors) + len(predictions), total)
         folder = output / "predictions" / name.replace(" ", "_")
-        predictions[name] = _predict_apart(model, example / "images", folder, chosen)
+        # The dense model as nnU-Net itself predicts.
+        predictions[name] = _predict_apart(model, example / "images", folder, chosen, fused=name != DENSE)
 
     say("evaluating and timing", total - 1, total)
     inputs = Inputs(
@@ -94,6 +95,7 @@ def demo(
         predictions=[predictions[name].output for name in models],
         title=f"Hippocampus, {len(chosen)} cases, no mirroring, CPU, {torch.get_num_threads()} threads",
         prediction_seconds={name: s.seconds / len(s.cases) for name, s in predictions.items()},
+        network_seconds={name: s.network_seconds / len(s.cases) for name, s in predictions.items()},
         peak_memory_bytes={name: s.peak_rss_bytes for name, s in predictions.items()},
     )
     report = write_report(inputs, output / "report")
@@ -134,12 +136,16 @@ def _prepare(output: Path, force: bool) -> None:
             raise write_error(output / part, error) from error
 
 
-def _predict_apart(model: Path, images: Path, output: Path, cases: Sequence[str]) -> PredictionSummary:
+def _predict_apart(
+    model: Path, images: Path, output: Path, cases: Sequence[str], *, fused: bool
+) -> PredictionSummary:
     """Predict in a process that has done nothing before, so that it holds no memory of earlier work."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_predict_quietly, model, images, output, cases).result()
+        return pool.submit(_predict_quietly, model, images, output, cases, fused).result()
 
 
-def _predict_quietly(model: Path, images: Path, output: Path, cases: Sequence[str]) -> PredictionSummary:
+def _predict_quietly(
+    model: Path, images: Path, output: Path, cases: Sequence[str], fused: bool
+) -> PredictionSummary:
     with contextlib.redirect_stdout(io.StringIO()):
-        return predict_folder(model, images, output, cases=cases, mirroring=False)
+        return predict_folder(model, images, output, cases=cases, mirroring=False, fused=fused)

@@ -25,7 +25,7 @@ from tucker_ops.errors import (
     OutputExistsError,
     OutputWriteError,
 )
-from tucker_ops.fused import explain, fuse
+from tucker_ops.fused import FusedForward, explain, fuse
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
@@ -51,7 +51,8 @@ class PredictionSummary:
 
     ``seconds`` is the total over the cases, without loading the model. ``peak_rss_bytes`` is the largest
     resident memory of the process while it predicted, ``peak_cuda_bytes`` what torch allocated on the GPU.
-    ``inference`` says how the network ran: fused or as it was, in which precision, and why.
+    ``inference`` says how the network ran: fused or as it was, in which precision, and why; ``network_seconds`` is
+    the part of the total that it took.
     """
 
     model: Path
@@ -62,6 +63,7 @@ class PredictionSummary:
     peak_rss_bytes: int = 0
     peak_cuda_bytes: int = 0
     inference: str = ""
+    network_seconds: float = 0.0
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -81,12 +83,15 @@ def load_predictor(
     mirroring: bool = True,
     step_size: float = 0.5,
     precision: str = "auto",
+    fused: bool = True,
     trust: bool = False,
 ) -> nnUNetPredictor:
     """nnU-Net's predictor with the model loaded, after the folder was checked, and its network fused.
 
     `step_size` is the distance of neighbouring tiles as a fraction of the patch, `precision` that of
-    `tucker_ops.fuse`. Raises the errors of `read_model_folder`, ConfigError, and DeviceError.
+    `tucker_ops.fuse`. With `fused` False it is nnU-Net's own, and the network's modules run one by one.
+
+    Raises the errors of `read_model_folder`, ConfigError, and DeviceError.
     """
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
     return _load(
@@ -97,6 +102,7 @@ def load_predictor(
         mirroring,
         step_size,
         precision,
+        fused,
         trust,
     )
 
@@ -113,6 +119,7 @@ def predict_folder(
     step_size: float = 0.5,
     cases: Sequence[str] | None = None,
     precision: str = "auto",
+    fused: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
     trust: bool = False,
@@ -144,10 +151,15 @@ def predict_folder(
         _check_same(output_dir / "plans.json", folder.plans)
         _check_same(output_dir / "dataset.json", folder.dataset_json)
     chosen = folder.select_folds(folds, checkpoint)
-    predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, precision, trust)
+    predictor = _load(folder, chosen, checkpoint, device, mirroring, step_size, precision, fused, trust)
 
     seconds: dict[str, float] = {}
-    with _scratch(output_dir) as scratch, PeakMemory(torch.device(device)) as peak, _threads_kept():
+    with (
+        _scratch(output_dir) as scratch,
+        PeakMemory(torch.device(device)) as peak,
+        _threads_kept(),
+        _clock(predictor.network) as passes,
+    ):
         for number, (case, files) in enumerate(images.items()):
             if progress is not None:
                 progress(case, number, len(images))
@@ -168,6 +180,7 @@ def predict_folder(
         peak_rss_bytes=peak.rss_bytes,
         peak_cuda_bytes=peak.cuda_bytes,
         inference=_describe(predictor.network, device),
+        network_seconds=sum(passes),
     )
 
 
@@ -179,9 +192,10 @@ def _load(
     mirroring: bool,
     step_size: float,
     precision: str,
+    fused: bool,
     trust: bool,
 ) -> nnUNetPredictor:
-    from tucker_ops.nnunet.predictor import Predictor
+    from tucker_ops.nnunet.predictor import Predictor, nnUNetPredictor
 
     if not 0 < step_size <= 1:
         raise ConfigError(
@@ -199,21 +213,44 @@ def _load(
             "set nnUNet_extTrainer to the folder of that trainer, or repair the installation"
         )
     with _silenced():
-        predictor = Predictor(
+        predictor = (Predictor if fused else nnUNetPredictor)(
             tile_step_size=step_size, use_mirroring=mirroring, device=target, allow_tqdm=False
         )
         predictor.initialize_from_trained_model_folder(str(folder.path), folds, checkpoint)
     # A network that nnU-Net was told to compile, or that cannot be traced, runs as it is.
-    with contextlib.suppress(ConversionError):
-        if not isinstance(predictor.network, OptimizedModule):
+    if isinstance(predictor.network, FusedForward):
+        predictor.network.fused = fused
+    if fused and not isinstance(predictor.network, OptimizedModule):
+        with contextlib.suppress(ConversionError):
             predictor.network = fuse(predictor.network, precision=precision)
     return predictor
+
+
+@contextlib.contextmanager
+def _clock(network: nn.Module):
+    """A list of the seconds that each pass of the network takes."""
+    begun, seconds = [], []
+
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    before = network.register_forward_pre_hook(lambda *_: begun.append(now()))
+    after = network.register_forward_hook(lambda *_: seconds.append(now() - begun.pop()))
+    try:
+        yield seconds
+    finally:
+        before.remove()
+        after.remove()
 
 
 def _describe(network: nn.Module, device: str) -> str:
     """How the network ran, in one line."""
     if isinstance(network, OptimizedModule):
         return "as torch.compile left it"
+    if not isinstance(network, FusedForward):
+        return "as nnU-Net runs it"
     dtype = torch.float16 if device.startswith("cuda") else torch.float32
     return explain(network, device=torch.device(device).type, dtype=dtype).summary
 

@@ -22,7 +22,7 @@ from tucker_ops.nnunet.report.figures import accuracy_figure, cost_figure, rank_
 from tucker_ops.nnunet.report.layers import layers_of, setting_name
 from tucker_ops.nnunet.report.overlay import overlay_figure
 from tucker_ops.nnunet.report.page import Section, render_page
-from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
+from tucker_ops.nnunet.report.speed import Forward, measure_forward
 from tucker_ops.nnunet.report.tables import TextTable
 from tucker_ops.nnunet.segmentations import Dataset, find_segmentations, read_dataset
 from tucker_ops.nnunet.staging import staged_folder
@@ -53,8 +53,8 @@ class Report:
 class Inputs:
     """What a report is made from: ``models`` and, in the same order, ``predictions``; the rest is optional.
 
-    ``prediction_seconds`` and ``peak_memory_bytes`` hold measured values of whole predictions by model name
-    (``dense`` and those that `model_names` gives), where somebody has measured them.
+    ``prediction_seconds``, the part of them in ``network_seconds``, and ``peak_memory_bytes`` hold measured values of
+    whole predictions by model name (``dense`` and those that `model_names` gives), where somebody has measured them.
     """
 
     models: Sequence[Path]
@@ -68,6 +68,7 @@ class Inputs:
     measure_speed: bool = True
     device: str = "cpu"
     prediction_seconds: Mapping[str, float] = field(default_factory=dict)
+    network_seconds: Mapping[str, float] = field(default_factory=dict)
     peak_memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -148,7 +149,7 @@ def _gather(inputs: Inputs, progress: Progress | None) -> _Content:
         figures["accuracy.png"] = accuracy_figure(_tables(against_dense), "the dense model's output")
     per_case = {n: s for n, s in inputs.prediction_seconds.items() if n in (DENSE, *names)}
     if forward or per_case:
-        figures["speed.png"] = speed_figure(forward, per_case)
+        figures["speed.png"] = speed_figure({name: f.stock for name, f in forward.items()}, per_case)
     overlay = _overlay(inputs, predictions, read_dataset(dataset_json), against_labels, names, missing)
     if overlay is not None:
         figures["overlay.png"] = overlay
@@ -164,6 +165,7 @@ def _gather(inputs: Inputs, progress: Progress | None) -> _Content:
         against_dense,
         forward,
         inputs.prediction_seconds,
+        inputs.network_seconds,
         inputs.peak_memory_bytes,
     )
     data = {
@@ -176,6 +178,7 @@ def _gather(inputs: Inputs, progress: Progress | None) -> _Content:
         },
         "forward_milliseconds": {n: asdict(t) for n, t in forward.items()},
         "prediction_seconds": dict(inputs.prediction_seconds),
+        "network_seconds": dict(inputs.network_seconds),
         "peak_memory_bytes": dict(inputs.peak_memory_bytes),
         "dice_against_labels": {n: e.to_dict() for n, e in against_labels.items()},
         "dice_against_dense": {n: e.to_dict() for n, e in against_dense.items()},
@@ -261,7 +264,7 @@ def _against_dense(
 
 def _forward(
     inputs: Inputs, names: Sequence[str], progress: Progress | None, missing: dict[str, str]
-) -> dict[str, ForwardTime]:
+) -> dict[str, Forward]:
     if not inputs.measure_speed:
         missing["forward time"] = "not measured, as asked (--no-speed)"
         return {}

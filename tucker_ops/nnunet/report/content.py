@@ -8,7 +8,7 @@ from tucker_ops.nnunet.evaluate import Evaluation
 from tucker_ops.nnunet.manifest import Manifest
 from tucker_ops.nnunet.report.layers import Layer
 from tucker_ops.nnunet.report.page import Section
-from tucker_ops.nnunet.report.speed import ForwardTime
+from tucker_ops.nnunet.report.speed import Forward
 from tucker_ops.nnunet.report.tables import (
     Quantity,
     TextTable,
@@ -27,8 +27,9 @@ def summary_table(
     manifests: Sequence[Manifest],
     against_labels: Mapping[str, Evaluation],
     against_dense: Mapping[str, Evaluation],
-    forward: Mapping[str, ForwardTime],
+    forward: Mapping[str, Forward],
     prediction_seconds: Mapping[str, float],
+    network_seconds: Mapping[str, float],
     peak_memory_bytes: Mapping[str, int],
 ) -> TextTable:
     """Size, accuracy and speed of each model beside the dense one; rows nobody has figures for are absent."""
@@ -53,11 +54,18 @@ def summary_table(
         values = [e and e.mean for e in agreement]
         quantities.append(Quantity("agreement with dense", values, "{:.4f}", ""))
     if forward:
-        values = [forward[n].median if n in forward else None for n in columns]
-        quantities.append(Quantity("one forward pass, ms", values, "{:.0f}"))
-    if prediction_seconds:
-        values = [prediction_seconds.get(n) for n in columns]
-        quantities.append(Quantity("prediction, s / case", values, "{:.2f}"))
+        rows = {"one forward pass, ms": [forward[n].stock for n in columns]}
+        if all(forward[n].fused for n in columns):
+            rows["…, nothing fused, ms"] = [forward[n].not_fused for n in columns]
+            rows["…, all fused, ms"] = [forward[n].fused for n in columns]
+        for title_of_row, times in rows.items():
+            quantities.append(Quantity(title_of_row, [t.median for t in times], "{:.0f}"))
+    for title_of_row, seconds in (
+        ("prediction, s / case", prediction_seconds),
+        ("of it in the network, s", network_seconds),
+    ):
+        if seconds:
+            quantities.append(Quantity(title_of_row, [seconds.get(n) for n in columns], "{:.2f}"))
     if peak_memory_bytes:
         values = [peak_memory_bytes[n] / 1e6 if n in peak_memory_bytes else None for n in columns]
         quantities.append(Quantity("peak memory, MB", values, "{:.0f}"))
@@ -84,7 +92,8 @@ def sections(
     shape = "×".join(map(str, first.input_shape[2:]))
     stored = ", ".join(dict.fromkeys(m.dtype for m in manifests))
     about = (
-        f"MACs and the forward pass are for one patch of {shape} voxels. Agreement is the mean Dice with the "
+        f"MACs and the forward pass are for one patch of {shape} voxels; the latter as nnU-Net's own predictor runs "
+        "each model, compressed ones fused. Agreement is the mean Dice with the "
         "dense model's output. Change is a ratio to dense, of Dice a difference. Weights are stored as "
         f"{stored}."
     )

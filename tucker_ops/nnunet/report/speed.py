@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import statistics
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tucker_ops.fused import FusedForward, explain, fuse
 from tucker_ops.nnunet.predict import load_predictor
 
 
@@ -30,43 +32,73 @@ class ForwardTime:
         return cls(statistics.median(milliseconds), fifths[0], fifths[-1], len(milliseconds))
 
 
+@dataclass(frozen=True)
+class Forward:
+    """One model's times: its modules one by one, and fused where this machine can; ``compressed`` or dense."""
+
+    not_fused: ForwardTime
+    fused: ForwardTime | None
+    compressed: bool
+
+    @property
+    def stock(self) -> ForwardTime:
+        """As nnU-Net's own predictor runs the model folder: compressed networks fuse themselves."""
+        return self.fused if self.compressed and self.fused is not None else self.not_fused
+
+
 def measure_forward(
     models: Mapping[str, Path],
     *,
     device: str = "cpu",
     repeats: int = 5,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, ForwardTime]:
-    """Forward times of model folders, by the names given, on one random patch as nnU-Net runs them.
+) -> dict[str, Forward]:
+    """Forward times of model folders, by the names given, on one random patch, fused and not.
 
-    On a CPU that is fp32, on a GPU fp16 autocast. Each round runs every model once; a first round is not
-    counted.
+    On a CPU in fp32 (or what TUCKER_PRECISION says, where fused), on a GPU under fp16 autocast. Each round runs every
+    model once; a first round is not counted.
     """
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 
-    networks = {}
+    plain, fused, compressed = {}, {}, {}
     for name, path in models.items():
         with contextlib.redirect_stdout(io.StringIO()):
-            predictor = load_predictor(path, device=device)
-        networks[name] = predictor.network.to(predictor.device).eval()
+            predictor = load_predictor(path, device=device, fused=False)
+        network = predictor.network.to(predictor.device).eval()
+        plain[name], compressed[name] = network, isinstance(network, FusedForward)
+        other = copy.copy(network)
+        if compressed[name]:
+            other.fused = True
+        if explain(other).used:
+            fused[name] = fuse(other)
     shape = predictor.configuration_manager.patch_size
     channels = determine_num_input_channels(
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     )
     patch = torch.randn((1, channels, *shape), generator=torch.Generator().manual_seed(0)).to(device)
 
-    milliseconds: dict[str, list[float]] = {name: [] for name in networks}
+    samples: dict[tuple[str, bool], list[float]] = {}
     rounds = repeats + 1
     for index in range(rounds):
-        for name, network in networks.items():
+        for name in plain:
             if progress is not None:
                 progress(name, index, rounds)
-            elapsed = _forward_milliseconds(network, patch)
-            if index > 0:
-                milliseconds[name].append(elapsed)
+            for networks in (plain, fused):
+                if name not in networks:
+                    continue
+                elapsed = _forward_milliseconds(networks[name], patch)
+                if index > 0:
+                    samples.setdefault((name, networks is fused), []).append(elapsed)
     if progress is not None:
         progress("", rounds, rounds)
-    return {name: ForwardTime.of(values) for name, values in milliseconds.items()}
+    return {
+        name: Forward(
+            ForwardTime.of(samples[name, False]),
+            ForwardTime.of(samples[name, True]) if name in fused else None,
+            compressed[name],
+        )
+        for name in plain
+    }
 
 
 def _forward_milliseconds(network: torch.nn.Module, patch: torch.Tensor) -> float:
