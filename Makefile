@@ -21,9 +21,11 @@ bench: $(READY)
 
 bench-cpu: $(PEERS)
 	$(BIN)/python -m bench --suite cpu
+	$(BIN)/python -m bench.networks
 
 bench-cpu-full: $(PEERS)
 	$(BIN)/python -m bench --suite cpu-full
+	$(BIN)/python -m bench.networks --full
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

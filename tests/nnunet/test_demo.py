@@ -39,7 +39,7 @@ def test_table_and_report(run):
     for name in (
         "parameters, million", "MACs, billion", "weights on disk, MB", "Dice Anterior",
         "Dice Posterior", "Dice, mean of classes", "one forward pass, ms", "nothing fused, ms",
-        "all fused, ms", "prediction, s / case", "of it in the network, s", "peak memory, MB",
+        "all fused, ms", "prediction, s / case", "in the network, s", "peak memory, MB",
     ):  # fmt: skip
         assert len(row(text, name)) == 5, name
     page = output / "report" / "index.html"

@@ -56,13 +56,13 @@ def summary_table(
     if forward:
         rows = {"one forward pass, ms": [forward[n].stock for n in columns]}
         if all(forward[n].fused for n in columns):
-            rows["…, nothing fused, ms"] = [forward[n].not_fused for n in columns]
-            rows["…, all fused, ms"] = [forward[n].fused for n in columns]
+            rows["nothing fused, ms"] = [forward[n].not_fused for n in columns]
+            rows["all fused, ms"] = [forward[n].fused for n in columns]
         for title_of_row, times in rows.items():
             quantities.append(Quantity(title_of_row, [t.median for t in times], "{:.0f}"))
     for title_of_row, seconds in (
         ("prediction, s / case", prediction_seconds),
-        ("of it in the network, s", network_seconds),
+        ("in the network, s", network_seconds),
     ):
         if seconds:
             quantities.append(Quantity(title_of_row, [seconds.get(n) for n in columns], "{:.2f}"))
