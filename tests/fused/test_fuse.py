@@ -180,6 +180,13 @@ def test_every_layer_of_a_plain_unet_is_folded(compressed):
     assert kinds.count("Conv") + kinds.count("ConvTranspose") == 13
 
 
+def test_residual_additions_are_folded():
+    network, _ = made("residual", True)
+    fusion = explain(network)
+    assert all(layer.fused for layer in fusion.layers), str(fusion)
+    assert sum(layer.kind == "addition" for layer in fusion.layers) == 5
+
+
 def test_the_profile_has_no_norm_activation_cat_or_copy():
     if not native.load():
         pytest.skip(native.load().reason)
@@ -202,10 +209,9 @@ def test_the_profile_has_no_norm_activation_cat_or_copy():
 @pytest.mark.parametrize(
     ("name", "kind", "reason"),
     [
-        ("group-norm", "LeakyReLU", "does not follow a folded norm"),
+        ("group-norm", "LeakyReLU", "does not follow a convolution or norm that is folded"),
         ("running-statistics", "InstanceNorm3d", "running statistics"),
         ("norm-last", "InstanceNorm3d", "does not follow a convolution directly"),
-        ("residual", "LeakyReLU", "does not follow a folded norm"),
     ],
 )
 def test_what_is_left_has_a_reason(name, kind, reason):

@@ -16,8 +16,10 @@ from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
 from tucker_ops.backends.reference import REFERENCE
 from tucker_ops.errors import BackendError
-from tucker_ops.ops.block import block_problem_of
+from tucker_ops.ops.block import block_memory_format, block_problem_of
 from tucker_ops.ops.check import problem_of
+from tucker_ops.ops.merge import check_merge
+from tucker_ops.ops.reference import merge
 from tucker_ops.ops.schema import LIBRARY
 from tucker_ops.types import BlockProblem, Problem
 
@@ -216,3 +218,16 @@ def _tucker_block(
 
 
 LIBRARY.impl("tucker_block", _tucker_block, "CompositeExplicitAutograd")
+
+
+def _tucker_merge(values, scale, shift, slope, out_slope):
+    check_merge(values, scale, shift, slope, out_slope)
+    last = block_memory_format(values[0].dim() - 2, False)
+    values = [value.contiguous(memory_format=last) for value in values]
+    if block_kernels(values[0].device.type, values[0].dtype):
+        scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
+        return torch.ops.tucker_ops._tucker_merge_cpu(values, scale, shift, slope, out_slope)
+    return merge(values, scale, shift, slope, out_slope).contiguous(memory_format=last)
+
+
+LIBRARY.impl("tucker_merge", _tucker_merge, "CompositeExplicitAutograd")

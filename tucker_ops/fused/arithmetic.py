@@ -46,17 +46,6 @@ def batch_norm_affine(
     return scale.expand(size).contiguous(), shift.expand(size).contiguous()
 
 
-def apply_pending(values: Tensor, scale: Tensor | None, shift: Tensor | None, slope: float) -> Tensor:
-    """LeakyReLU(values · scale + shift) as a tensor of its own, for a module that reads no pending values."""
-    ones = (1,) * (values.dim() - 2)
-    result = values.to(_wide(values.dtype))
-    if scale is not None:
-        result = torch.addcmul(shift.reshape(*shift.shape, *ones), result, scale.reshape(*scale.shape, *ones))
-    if slope != 1:
-        result = F.leaky_relu(result, slope)
-    return result.to(values.dtype)
-
-
 def in_dtype_of(values: Tensor, other: Tensor) -> Tensor:
     """`values` as a block left them, in the dtype of the network's input."""
     return values.to(other.dtype)

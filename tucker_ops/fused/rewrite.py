@@ -1,8 +1,8 @@
 """Rewrites a traced network into blocks.
 
 Every value of the old graph is kept as what it will cost least to read: a tensor, a tensor with a norm and an
-activation pending, an upsampling of one, or a concatenation of those. Convolutions read all of them; for any other
-reader the value becomes a tensor first.
+activation pending, an upsampling of one, a sum of two, or a concatenation of those. Convolutions read all of them, a
+sum once it is computed; for any other reader the value becomes a tensor first.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tucker_ops.fused import arithmetic
 from tucker_ops.nn import _TuckerConv, spec_of
 
 _BLOCK = torch.ops.tucker_ops.tucker_block.default
+_MERGE = torch.ops.tucker_ops.tucker_merge.default
+_ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,15 @@ class Concatenated:
     channels: tuple[int, ...]
 
 
-Value = Pending | Upsampled | Concatenated
+@dataclass(frozen=True)
+class Summed:
+    """A residual addition and the LeakyReLU behind it (slope, 1 for none), not computed yet."""
+
+    parts: tuple[Pending, ...]
+    slope: float = 1.0
+
+
+Value = Pending | Upsampled | Concatenated | Summed
 
 
 class _Tracer(fx.Tracer):
@@ -108,6 +118,7 @@ class Rewriter:
     channels: dict[fx.Node, int] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     tensors: dict[Value, fx.Node] = field(default_factory=dict)
+    merges: dict[Value, Pending] = field(default_factory=dict)
 
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
@@ -134,6 +145,10 @@ class Rewriter:
             value = self.concatenate(node)
             if value is not None:
                 return value
+        elif node.op == "call_function" and node.target in _ADDITIONS:
+            value = self.add(node)
+            if value is not None:
+                return value
         copied = self.new.node_copy(node, self.tensor_of)
         return Pending(copied)
 
@@ -152,12 +167,24 @@ class Rewriter:
             return self.new.call_module(value.target, (self.materialise(value.below),))
         if isinstance(value, Concatenated):
             return self.call(torch.cat, tuple(self.materialise(part) for part in value.parts), 1)
-        result = value.values
-        if not value.is_raw:
-            result = self.call(arithmetic.apply_pending, result, value.scale, value.shift, value.slope)
-        if value.from_block and self.dtype is not None:
-            result = self.call(arithmetic.in_dtype_of, result, next(iter(self.new.nodes)))
-        return result
+        result = self.merged(value)
+        if result.from_block and self.dtype is not None:
+            return self.call(arithmetic.in_dtype_of, result.values, next(iter(self.new.nodes)))
+        return result.values
+
+    def merged(self, value: Pending | Summed) -> Pending:
+        """As values with nothing pending; computed once, however many read it."""
+        if isinstance(value, Pending) and value.is_raw:
+            return value
+        if value not in self.merges:
+            parts = value.parts if isinstance(value, Summed) else (replace(value, slope=1.0),)
+            from_block = all(part.from_block for part in parts)
+            values = [part.values if not from_block else self.block_values(part) for part in parts]
+            slopes = [float(part.slope) for part in parts]
+            scale, shift = [part.scale for part in parts], [part.shift for part in parts]
+            node = self.call(_MERGE, values, scale, shift, slopes, float(value.slope))
+            self.merges[value] = Pending(node, from_block=from_block)
+        return self.merges[value]
 
     def call(self, function: Callable, *args) -> fx.Node:
         return self.new.call_function(function, args)
@@ -210,6 +237,7 @@ class Rewriter:
         bias = None if only_normed else self.weight(node.target, "bias")
 
         parts = value.parts if isinstance(value, Concatenated) else (value,)
+        parts = tuple(self.merged(part) if isinstance(part, Summed) else part for part in parts)
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
         if u_in is None and (len(parts) > 1 or isinstance(parts[0], Upsampled)):
             u_in = self.product(arithmetic.identity, core)
@@ -278,6 +306,8 @@ class Rewriter:
     def transposed_convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         if isinstance(value, Concatenated | Upsampled):
             return self.left(node, module, "reads an upsampling or a concatenation")
+        if isinstance(value, Summed):
+            value = self.merged(value)
         spec = spec_of(module)
         if (
             spec.kernel_size != spec.stride
@@ -317,8 +347,30 @@ class Rewriter:
             channels.append(width)
         return Concatenated(tuple(parts), tuple(channels))
 
+    def add(self, node: fx.Node) -> Value | None:
+        """A residual addition of two tensors of a block's making, of one shape."""
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+            return None
+        if node.target is operator.iadd and len(node.args[0].users) > 1:
+            return None
+        values = [self.values[arg] for arg in node.args]
+        values = [self.merged(value) if isinstance(value, Summed) else value for value in values]
+        widths = {self.width_of(arg) for arg in node.args}
+        if (
+            not all(isinstance(v, Pending) and v.from_block for v in values)
+            or len(widths) != 1
+            or None in widths
+        ):
+            return None
+        self.layers.append(
+            Layer(node.name, "addition", True, "norms before and activation behind it in one pass")
+        )
+        return Summed(tuple(values))
+
     def width_of(self, node: fx.Node) -> int | None:
         """Channels of a value of the old graph, where the modules behind it tell."""
+        if node.op == "call_function" and node.target in _ADDITIONS and isinstance(node.args[0], fx.Node):
+            return self.width_of(node.args[0])
         if node.op != "call_module" or not node.args:
             return None
         module = self.model.get_submodule(node.target)
@@ -357,8 +409,9 @@ class Rewriter:
         return Pending(value.values, scale, shift, from_block=value.from_block)
 
     def leaky_relu(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
-        if not isinstance(value, Pending) or value.slope != 1.0 or value.scale is None:
-            return self.left(node, module, "does not follow a folded norm")
+        folds = isinstance(value, Summed) or (isinstance(value, Pending) and value.from_block)
+        if not folds or value.slope != 1.0:
+            return self.left(node, module, "does not follow a convolution or norm that is folded")
         if module.inplace and len(node.args[0].users) > 1:
             return self.left(node, module, "changes in place what something else reads too")
         self.fused(node, module, "applied where its output is read")

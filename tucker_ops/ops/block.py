@@ -1,6 +1,17 @@
 """Schema, fake and checks of `tucker_ops::tucker_block`, the unit that a fused network is made of.
 
-Inference only: it has no derivative and says so. See DESIGN of the op in `tucker_ops.fused`.
+Inference only: it has no derivative and says so. `tucker_ops.ops.reference.block` is what it means.
+
+    sources[i]   [N, C_i, *spatial], at the input's extents or a whole fraction of them
+    expand[i]    [C_i, R_i] of a source [N, R_i, *spatial] in rank space, or None
+    scale[i], shift[i]  [N, C_i] in fp32 of the norm still to be applied, or None; slope[i] of LeakyReLU, 1 for none
+    reduce[i]    [R_in, C_i], for a source at 1/s of the extents [∏s, R_in, C_i]; None: a single source as it is
+    in_bias      [R_in], added inside the volume only;  core [R_out, R_in, *kernel];  u_out [C_out, R_out] or None
+    t = Σ_i reduce_i · LeakyReLU(scale_i · expand_i · source_i + shift_i) + in_bias, zero-padded
+    values = u_out · (core ∗ t) + bias;  mean and m2 [N, C_out] of the values before they are rounded, with
+    stats = "channel", else [N, 0]
+
+Values are channels-last unless `contiguous` is asked for.
 """
 
 from __future__ import annotations
@@ -225,11 +236,11 @@ def _(*args):
     return _empty_outputs(*args)
 
 
-def _no_backward(ctx, *grads):
+def no_backward(ctx, *grads):
     raise TuckerOpsError(
-        "tucker_block has no derivative: it computes inference. Call the network in training mode, or without "
+        "a fused network has no derivative: it computes inference. Call the network in training mode, or without "
         "torch.no_grad, through its own modules"
     )
 
 
-torch.library.register_autograd("tucker_ops::tucker_block", _no_backward, lib=LIBRARY)
+torch.library.register_autograd("tucker_ops::tucker_block", no_backward, lib=LIBRARY)

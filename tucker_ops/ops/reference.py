@@ -90,6 +90,27 @@ def block(
     return values.to(sources[0].dtype), mean, m2
 
 
+def merge(
+    values: list[Tensor],
+    scale: list[Tensor | None],
+    shift: list[Tensor | None],
+    slope: list[float],
+    out_slope: float,
+) -> Tensor:
+    """What `tucker_merge` means: see `tucker_ops.ops.merge`. Computes in float64 if the values are, else in float32."""
+    dtype = torch.float64 if values[0].dtype == torch.float64 else torch.float32
+    ones = (1,) * (values[0].dim() - 2)
+    total = 0
+    for x, a, b, negative in zip(values, scale, shift, slope, strict=True):
+        value = x.to(dtype)
+        if a is not None:
+            value = value * a.reshape(*a.shape, *ones)
+        if b is not None:
+            value = value + b.reshape(*b.shape, *ones)
+        total = total + F.leaky_relu(value, negative)
+    return F.leaky_relu(total, out_slope).to(values[0].dtype)
+
+
 def _upsample(x: Tensor, matrices: Tensor, factors: list[int]) -> Tensor:
     """A transposed convolution of kernel = stride = factors: matrices [∏factors, R, C], x [N, C, *] to [N, R, *]."""
     batch, ranks, extents, ndim = x.shape[0], matrices.shape[1], x.shape[2:], len(factors)
