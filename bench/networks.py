@@ -183,11 +183,13 @@ def _openvino(case: Case, dtype: torch.dtype) -> Call:
         "INFERENCE_PRECISION_HINT": precision,
     }
     request = core.compile_model(model, "CPU", options).create_infer_request()
-    request.set_input_tensor(0, openvino.Tensor(x.numpy(), shared_memory=True))
     output = torch.empty(1, OUTPUTS, *x.shape[2:])
-    request.set_output_tensor(0, openvino.Tensor(output.numpy(), shared_memory=True))
+    # The request does not keep the memory of either alive.
+    shared = [openvino.Tensor(tensor.numpy(), shared_memory=True) for tensor in (x, output)]
+    request.set_input_tensor(0, shared[0])
+    request.set_output_tensor(0, shared[1])
 
-    def call() -> Tensor:
+    def call(kept=(x, shared)) -> Tensor:
         request.infer(share_outputs=True)
         return output
 
@@ -305,7 +307,10 @@ def peak_bytes(case: Case, peer: str, dtype: str) -> int | None:
         [sys.executable, "-m", "bench.networks", "--peak", *names],
         capture_output=True,
         text=True,
-        env=os.environ | MALLOC_RETURNS_FREED | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        # Without idle buffers from the call before: they would hide what this one needs.
+        env=os.environ
+        | MALLOC_RETURNS_FREED
+        | {native.POOL_VARIABLE: "0", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {names} failed: {done.stderr[-500:]}")

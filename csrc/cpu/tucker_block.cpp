@@ -66,7 +66,12 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
   for (const Tensor& source : sources) {
     STD_TORCH_CHECK(source.dim() == ndim + 2 && source.size(0) == g.batch && source.scalar_type() == dtype && source.is_cpu(),
                     kOp, ": sources must have the core's axes, dtype and device, and one batch");
-    for (int64_t axis = 0; axis < ndim; ++axis) in[axis] = std::max(in[axis], source.size(2 + axis));
+  }
+  // By how much a source's extents are smaller: the leading axes of its matrices.
+  auto factor_of = [&](size_t i, int64_t axis) { return reduce[i] && reduce[i]->dim() > 2 ? reduce[i]->size(axis) : 1; };
+  for (int64_t axis = 0; axis < ndim; ++axis) {
+    STD_TORCH_CHECK(!reduce[0] || reduce[0]->dim() == 2 || reduce[0]->dim() == ndim + 2, kOp, ": reduce must be [R_in, C] or [*s, R_in, C]");
+    in[axis] = sources[0].size(2 + axis) * factor_of(0, axis);
   }
   set_geometry(g, kOp, in, kernel, stride, padding, dilation);
 
@@ -76,10 +81,12 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
     Source& source = pass.sources[i];
     source = {tensor.const_data_ptr(), strides_of(tensor, ndim), tensor.size(1), {1, 1, 1}, nullptr, nullptr, 1.0f, nullptr, 0};
     g.in_channels += source.channels;
+    STD_TORCH_CHECK(!reduce[i] || ((reduce[i]->dim() == 2 || reduce[i]->dim() == ndim + 2) && reduce[i]->is_contiguous()), kOp,
+                    ": reduce must be contiguous, [R_in, C] or [*s, R_in, C]");
     int64_t positions = 1;
     for (int64_t axis = 0; axis < ndim; ++axis) {
-      const int64_t extent = tensor.size(2 + axis), factor = extent > 0 ? in[axis] / extent : 0;
-      STD_TORCH_CHECK(factor * extent == in[axis], kOp, ": extents of a source must be a whole fraction of the input's");
+      const int64_t factor = factor_of(i, axis);
+      STD_TORCH_CHECK(factor > 0 && factor * tensor.size(2 + axis) == in[axis], kOp, ": extents of the sources do not fit together");
       source.factor[3 - ndim + axis] = factor;
       positions *= factor;
     }
@@ -94,12 +101,18 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
                     ": every source needs a reduce, or the only one the core's channels");
     if (!reduce[i]) continue;
     const Tensor& matrix = *reduce[i];
-    const int64_t rows = matrix.dim() - 2;
-    STD_TORCH_CHECK((rows == 0 || rows == 1) && (rows == 0 ? 1 : matrix.size(0)) == positions &&
-                        matrix.size(rows) == g.rank_in && matrix.size(rows + 1) == source.channels &&
+    STD_TORCH_CHECK(matrix.size(matrix.dim() - 2) == g.rank_in && matrix.size(matrix.dim() - 1) == source.channels &&
                         matrix.scalar_type() == dtype && matrix.is_cpu(),
-                    kOp, ": reduce must be [R_in, C] or, for a source at a fraction of the extents, [positions, R_in, C]");
-    weights.reduce.push_back(view_of(matrix));
+                    kOp, ": reduce must be [R_in, C] or [*s, R_in, C], in the sources' dtype");
+    WeightView view = view_of(matrix);
+    if (positions > 1) {
+      view.sizes = {positions, g.rank_in, source.channels};
+      view.strides = {g.rank_in * source.channels, source.channels, 1};
+    } else {
+      view.sizes = {g.rank_in, source.channels};
+      view.strides = {source.channels, 1};
+    }
+    weights.reduce.push_back(view);
   }
   auto vector_of = [&](const std::optional<Tensor>& tensor, int64_t length) -> std::optional<WeightView> {
     if (!tensor) return std::nullopt;

@@ -119,6 +119,28 @@ def test_products_of_weights_follow_changes_of_any_kind():
             assert torch.allclose(fused(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+def test_layout_of_the_output_is_that_of_the_modules(layout):
+    layers = [nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3), nn.LeakyReLU()]
+    x = torch.randn(2, 2, 6, 7, 8).to(memory_format=layout)
+    for count in (1, 3):
+        network = nn.Sequential(*layers[:count]).eval()
+        with torch.no_grad():
+            assert fuse(network)(x).is_contiguous(memory_format=layout)
+
+
+def test_upsampling_without_a_skip():
+    network = nn.Sequential(
+        nn.Conv3d(1, 4, 3),
+        nn.InstanceNorm3d(4),
+        nn.ConvTranspose3d(4, 6, (2, 1, 2), (2, 1, 2)),
+        nn.Conv3d(6, 3, 3),
+    ).eval()
+    x = torch.randn(2, 1, 6, 7, 8)
+    with torch.no_grad():
+        assert torch.allclose(fuse(network)(x), network(x), atol=1e-5)
+
+
 def test_a_network_that_is_not_a_unet():
     network = nn.Sequential(nn.Conv3d(2, 3, 3), nn.InstanceNorm3d(3), nn.LeakyReLU(), nn.AdaptiveAvgPool3d(1))
     x = torch.randn(2, 2, 6, 7, 8)

@@ -41,9 +41,9 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     rank_in, rank_out, out = (rng.choice([1, 3, 8, 9, 16, 17, 24, 40]) for _ in range(3))
     reduced = rng.random() < 0.8
     sources, scale, shift, slope, reduce = [], [], [], [], []
-    for i in range(rng.choice([1, 1, 2, 3]) if reduced else 1):
+    for _ in range(rng.choice([1, 1, 2, 3]) if reduced else 1):
         channels = rng.choice([1, 3, 8, 13, 16, 33, 40]) if reduced else rank_in
-        coarse = i > 0 and rng.random() < 0.7
+        coarse = reduced and rng.random() < 0.6
         extents = [n // f for n, f in zip(size, factors, strict=True)] if coarse else size
         x = normal(batch, channels, *extents).to(dtype)
         sources.append(
@@ -55,7 +55,7 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
         scale.append(normal(batch, channels).to(wide) if rng.random() < 0.6 else None)
         shift.append(normal(batch, channels).to(wide) if rng.random() < 0.6 else None)
         slope.append(rng.choice([1.0, 0.01, 0.2]))
-        positions = (math.prod(factors),) if coarse else ()
+        positions = factors if coarse else ()
         reduce.append(normal(*positions, rank_in, channels).to(dtype) if reduced else None)
     u_out = normal(out, rank_out).to(dtype) if rng.random() < 0.7 else None
     return {
@@ -254,6 +254,14 @@ def test_it_has_no_derivative_and_says_so():
         ({"slope": []}, ShapeError, "slope has 0 entries"),
         ({"stats": "all"}, ShapeError, "stats must be one of"),
         ({"reduce": [torch.zeros(2, 3)]}, ShapeError, "reduce of source 0"),
+        ({"reduce": [torch.zeros(8, 2, 4)]}, ShapeError, "with 3 factors"),
+        (
+            {name: [None] * 2 for name in ("expand", "scale", "shift")}
+            | {"slope": [1.0] * 2, "sources": [torch.zeros(1, 4, 3, 3, 3)] * 2}
+            | {"reduce": [torch.zeros(2, 4), torch.zeros(2, 1, 1, 2, 4)]},
+            ShapeError,
+            "must have the same extents",
+        ),
         ({"reduce": [None]}, ShapeError, "no reduce"),
         ({"scale": [torch.zeros(1, 3)]}, ShapeError, "scale of source 0"),
         ({"scale": [torch.zeros(1, 4).double()]}, DtypeError, "scale and shift"),

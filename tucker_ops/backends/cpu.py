@@ -124,11 +124,15 @@ def _supports_block(problem: BlockProblem) -> Verdict:
     return _ring_fits(problem) and _environment_is_known()
 
 
-def _run_block(sources, expand, scale, shift, *rest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _run_block(
+    sources, expand, scale, shift, slope, reduce, *rest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout = block_memory_format(sources[0].dim() - 2, False)
     sources = [source.contiguous(memory_format=layout) for source in sources]
-    scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
-    return torch.ops.tucker_ops._tucker_block_cpu(sources, expand, scale, shift, *rest)
+    scale, shift, reduce = (
+        [None if t is None else t.contiguous() for t in given] for given in (scale, shift, reduce)
+    )
+    return torch.ops.tucker_ops._tucker_block_cpu(sources, expand, scale, shift, slope, reduce, *rest)
 
 
 def _run(*args) -> torch.Tensor:

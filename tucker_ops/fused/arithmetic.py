@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tucker_ops.ops.reference import memory_format
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -51,6 +53,11 @@ def in_dtype_of(values: Tensor, other: Tensor) -> Tensor:
     return values.to(other.dtype)
 
 
+def laid_out_like(values: Tensor, input: Tensor) -> Tensor:
+    """A result in the layout that torch's own modules would have left it in: channels-last if the input is."""
+    return values.contiguous(memory_format=memory_format(input))
+
+
 def identity(weight: Tensor) -> Tensor:
     """u_in [C, C] of a dense convolution's weight [C_out, C, *kernel]."""
     return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -70,11 +77,12 @@ def tucker_weight(u_in: Tensor, core: Tensor, u_out: Tensor) -> Tensor:
 def upsampling(u_in: Tensor, begin: int, end: int, weight: Tensor) -> Tensor:
     """u_in [R_in, C] times a transposed convolution [C_below, C_up, *s] whose output is channels begin to end.
 
-    Returns [∏s, R_in, C_below]: one matrix for every position within the stride.
+    Returns [*s, R_in, C_below]: one matrix for every position within the stride.
     """
     dtype = _wide(weight.dtype)
     part = u_in[:, begin:end].to(dtype)
-    return torch.einsum("ru,cus->src", part, weight.to(dtype).flatten(2)).to(weight.dtype).contiguous()
+    product = torch.einsum("ru,cus->src", part, weight.to(dtype).flatten(2)).to(weight.dtype)
+    return product.reshape(*weight.shape[2:], *product.shape[1:]).contiguous()
 
 
 def carried_bias(u_in: Tensor, begin: int, end: int, bias: Tensor, before: Tensor | None) -> Tensor:

@@ -114,8 +114,7 @@ class Rewriter:
     old: fx.Graph
     dtype: torch.dtype | None = None
     new: fx.Graph = field(default_factory=fx.Graph)
-    values: dict[fx.Node, Value | tuple | list | object] = field(default_factory=dict)
-    channels: dict[fx.Node, int] = field(default_factory=dict)
+    values: dict[fx.Node, Value] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     tensors: dict[Value, fx.Node] = field(default_factory=dict)
     merges: dict[Value, Pending] = field(default_factory=dict)
@@ -123,13 +122,13 @@ class Rewriter:
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
             if node.op == "output":
-                self.new.output(fx.map_arg(node.args[0], self.tensor_of))
+                self.new.output(fx.map_arg(node.args[0], self.result_of))
             else:
                 self.values[node] = self.rewrite(node)
         self.new.lint()
         return self.new
 
-    def rewrite(self, node: fx.Node) -> Value | fx.Node:
+    def rewrite(self, node: fx.Node) -> Value:
         if node.op == "call_module":
             module = self.model.get_submodule(node.target)
             for kinds, rule in _MODULES:
@@ -154,6 +153,16 @@ class Rewriter:
 
     # Readers that need a tensor.
 
+    def result_of(self, node: fx.Node) -> fx.Node:
+        value, tensor = self.values[node], self.tensor_of(node)
+        if not (isinstance(value, Summed) or (isinstance(value, Pending) and value.from_block)):
+            return tensor
+        return self.call(arithmetic.laid_out_like, tensor, self.input)
+
+    @property
+    def input(self) -> fx.Node:
+        return next(iter(self.new.nodes))
+
     def tensor_of(self, node: fx.Node) -> fx.Node:
         return self.materialise(self.values[node])
 
@@ -169,7 +178,7 @@ class Rewriter:
             return self.call(torch.cat, tuple(self.materialise(part) for part in value.parts), 1)
         result = self.merged(value)
         if result.from_block and self.dtype is not None:
-            return self.call(arithmetic.in_dtype_of, result.values, next(iter(self.new.nodes)))
+            return self.call(arithmetic.in_dtype_of, result.values, self.input)
         return result.values
 
     def merged(self, value: Pending | Summed) -> Pending:
@@ -246,18 +255,11 @@ class Rewriter:
             end, matrix = begin + width, u_in
             pending = part.below if isinstance(part, Upsampled) else part
             if isinstance(part, Upsampled):
-                matrix = self.call(
-                    arithmetic.Remembered(arithmetic.upsampling),
-                    u_in,
-                    begin,
-                    end,
-                    self.transposed_weight(part),
-                )
+                weight = self.transposed_weight(part)
+                matrix = self.product(arithmetic.upsampling, u_in, begin, end, weight)
                 up_bias = self.weight(part.target, "bias")
                 if up_bias is not None:
-                    in_bias = self.call(
-                        arithmetic.Remembered(arithmetic.carried_bias), u_in, begin, end, up_bias, in_bias
-                    )
+                    in_bias = self.product(arithmetic.carried_bias, u_in, begin, end, up_bias, in_bias)
             elif len(parts) > 1:
                 matrix = self.product(arithmetic.columns, u_in, begin, end)
             sources.append(self.block_values(pending))
@@ -382,7 +384,7 @@ class Rewriter:
         return None
 
     def instance_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
-        if not _computes_statistics(module):
+        if module.track_running_stats:
             return self.left(node, module, "normalises by running statistics")
         if not isinstance(value, Pending) or value.mean is None or not value.is_raw:
             return self.left(node, module, "does not follow a convolution directly")
@@ -440,7 +442,8 @@ _MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
 
 
 def _computes_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _InstanceNorm) and not module.track_running_stats
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return isinstance(module, _InstanceNorm) and not module.track_running_stats and not hooked
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ Inference only: it has no derivative and says so. `tucker_ops.ops.reference.bloc
     sources[i]   [N, C_i, *spatial], at the input's extents or a whole fraction of them
     expand[i]    [C_i, R_i] of a source [N, R_i, *spatial] in rank space, or None
     scale[i], shift[i]  [N, C_i] in fp32 of the norm still to be applied, or None; slope[i] of LeakyReLU, 1 for none
-    reduce[i]    [R_in, C_i], for a source at 1/s of the extents [∏s, R_in, C_i]; None: a single source as it is
+    reduce[i]    [R_in, C_i], for a source at 1/s of the extents [*s, R_in, C_i]; None: a single source as it is
     in_bias      [R_in], added inside the volume only;  core [R_out, R_in, *kernel];  u_out [C_out, R_out] or None
     t = Σ_i reduce_i · LeakyReLU(scale_i · expand_i · source_i + shift_i) + in_bias, zero-padded
     values = u_out · (core ∗ t) + bias;  mean and m2 [N, C_out] of the values before they are rounded, with
@@ -15,8 +15,6 @@ Values are channels-last unless `contiguous` is asked for.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -75,8 +73,17 @@ def block_problem_of(
                 f"source {i} must be [N, C, *spatial] with {ndim} spatial axes and N = {first.shape[0]}, got "
                 f"{tuple(source.shape)}"
             )
-    size = tuple(max(source.shape[2 + axis] for source in sources) for axis in range(ndim))
-    channels, factors = [], []
+    factors = [_factor(i, reduce[i], ndim) for i in range(len(sources))]
+    sizes = [
+        tuple(n * f for n, f in zip(source.shape[2:], factor, strict=True))
+        for source, factor in zip(sources, factors, strict=True)
+    ]
+    size, channels = sizes[0], []
+    if any(other != size for other in sizes):
+        raise ShapeError(
+            f"sources of extents {[tuple(s.shape[2:]) for s in sources]}, times {factors}, must have the same extents, "
+            f"got {sizes}"
+        )
     for i, source in enumerate(sources):
         c = source.shape[1] if expand[i] is None else expand[i].shape[0]
         if expand[i] is not None and tuple(expand[i].shape) != (c, source.shape[1]):
@@ -88,8 +95,7 @@ def block_problem_of(
                 raise ShapeError(
                     f"{name} of source {i} must be [N, C] = [{first.shape[0]}, {c}], got {tuple(given.shape)}"
                 )
-        factors.append(_factor(i, source, reduce[i], size))
-        _check_reduce(i, reduce[i], factors[-1], c, rank_in, len(sources))
+        _check_reduce(i, reduce[i], c, rank_in, len(sources))
         channels.append(c)
     out_channels = rank_out if u_out is None else u_out.shape[0]
     if u_out is not None and tuple(u_out.shape) != (out_channels, rank_out):
@@ -143,23 +149,18 @@ def block_problem_of(
     return problem
 
 
-def _factor(i: int, source: Tensor, matrix: Tensor | None, size) -> tuple[int, ...]:
-    extents = tuple(source.shape[2:])
+def _factor(i: int, matrix: Tensor | None, ndim: int) -> tuple[int, ...]:
+    """By how much a source's extents are smaller than the input's: the leading axes of its matrices."""
     if matrix is None or matrix.dim() == 2:
-        if extents != size:
-            raise ShapeError(
-                f"source {i} has extents {extents}, others {size}; give it [∏s, R_in, C] matrices"
-            )
-        return (1,) * len(size)
-    factor = tuple(n // m if m else 0 for n, m in zip(size, extents, strict=True))
-    if any(f * m != n or f < 1 for f, m, n in zip(factor, extents, size, strict=True)):
+        return (1,) * ndim
+    if matrix.dim() != ndim + 2:
         raise ShapeError(
-            f"source {i} of extents {extents} is no whole fraction of {size}: give a source at full extents beside it"
+            f"reduce of source {i} must be [R_in, C] or [*s, R_in, C] with {ndim} factors, got {list(matrix.shape)}"
         )
-    return factor
+    return tuple(matrix.shape[:ndim])
 
 
-def _check_reduce(i, matrix, factor, channels, rank_in, count) -> None:
+def _check_reduce(i, matrix, channels, rank_in, count) -> None:
     if matrix is None:
         if count != 1 or channels != rank_in:
             raise ShapeError(
@@ -167,11 +168,11 @@ def _check_reduce(i, matrix, factor, channels, rank_in, count) -> None:
                 f"{channels} of {count} sources"
             )
         return
-    expected = (rank_in, channels)
-    if matrix.dim() == 3:
-        expected = (math.prod(factor), *expected)
-    if tuple(matrix.shape) != expected:
-        raise ShapeError(f"reduce of source {i} must be {list(expected)}, got {list(matrix.shape)}")
+    if tuple(matrix.shape[-2:]) != (rank_in, channels):
+        raise ShapeError(
+            f"reduce of source {i} must be [R_in, C] = {[rank_in, channels]}, or have factors before that, got "
+            f"{list(matrix.shape)}"
+        )
 
 
 def block_memory_format(ndim: int, contiguous: bool) -> torch.memory_format:

@@ -61,7 +61,6 @@ def block(
     def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
         return conv(x, matrix.to(dtype).reshape(*matrix.shape, *ones))
 
-    extents = tuple(max(source.shape[2 + axis] for source in sources) for axis in range(ndim))
     t = None
     for x, u, a, b, negative, matrix in zip(sources, expand, scale, shift, slope, reduce, strict=True):
         value = x.to(dtype)
@@ -73,9 +72,8 @@ def block(
             value = value + b.to(dtype).reshape(*b.shape, *ones)
         if negative != 1:
             value = F.leaky_relu(value, negative)
-        if matrix is not None and matrix.dim() == 3:
-            factors = [n // m for n, m in zip(extents, value.shape[2:], strict=True)]
-            value = _upsample(value, matrix.to(dtype), factors)
+        if matrix is not None and matrix.dim() > 2:
+            value = _upsample(value, matrix.to(dtype))
         elif matrix is not None:
             value = pointwise(value, matrix)
         t = value if t is None else t + value
@@ -111,10 +109,12 @@ def merge(
     return F.leaky_relu(total, out_slope).to(values[0].dtype)
 
 
-def _upsample(x: Tensor, matrices: Tensor, factors: list[int]) -> Tensor:
-    """A transposed convolution of kernel = stride = factors: matrices [∏factors, R, C], x [N, C, *] to [N, R, *]."""
-    batch, ranks, extents, ndim = x.shape[0], matrices.shape[1], x.shape[2:], len(factors)
-    parts = torch.einsum("src,nc...->nrs...", matrices, x).reshape(batch, ranks, *factors, *extents)
+def _upsample(x: Tensor, matrices: Tensor) -> Tensor:
+    """A transposed convolution of kernel = stride = s: matrices [*s, R, C], x [N, C, *] to [N, R, *]."""
+    *factors, ranks, channels = matrices.shape
+    batch, extents, ndim = x.shape[0], x.shape[2:], len(factors)
+    parts = torch.einsum("src,nc...->nrs...", matrices.reshape(-1, ranks, channels), x)
+    parts = parts.reshape(batch, ranks, *factors, *extents)
     order = [0, 1]
     for axis in range(ndim):
         order += [2 + ndim + axis, 2 + axis]
