@@ -41,6 +41,7 @@ sanitize: $(READY)
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/ops/test_tucker_conv.py tests/ops/test_cpu_weights.py \
+		tests/ops/test_tucker_block.py tests/ops/test_tucker_merge.py \
 		-k "not gradcheck and not fork"
 
 wheel: $(READY)

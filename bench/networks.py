@@ -42,6 +42,8 @@ OUTPUT = HERE / "results" / "latest_networks"
 SEED = 20240409
 OUTPUTS = 25
 GATES = {"float32": 1e-4, "bfloat16": 2.5e-2}
+# OpenVINO's norms differ from torch's by up to 3e-4 of a network's output at 128³.
+PEER_GATES = {"float32": 1e-3, "bfloat16": 5e-2}
 AS_NNUNET = "eager"
 OURS = "fused"
 
@@ -260,7 +262,7 @@ def measure(case: Case, dtypes: Sequence[str], rounds: int, full: bool, memory: 
                 row["relative_rms"] = relative_rms(prepare(small, getattr(torch, dtype))().float(), reference)
                 call = prepare(case, getattr(torch, dtype))
                 row["relative_rms_to_eager"] = relative_rms(call().float(), whole)
-                row["gate"] = GATES[dtype]
+                row["gate"] = (GATES if peer == OURS else PEER_GATES)[dtype]
                 # Written so that NaN is refused.
                 if not max(row["relative_rms"], row["relative_rms_to_eager"]) <= row["gate"]:
                     row |= {"status": "refused", "reason": f"error above the gate of {row['gate']}"}
@@ -436,6 +438,7 @@ def table(rows: Sequence[dict]) -> Table:
             "–" if base is None else f"{row['median_ms'] / base:.2f}",
             "–" if strongest is None else f"{strongest:.2f}",
             "–" if row.get("relative_rms") is None else f"{row['relative_rms']:.0e}",
+            "–" if row.get("relative_rms_to_eager") is None else f"{row['relative_rms_to_eager']:.0e}",
             "–" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.0f}",
         )  # fmt: skip
     return result
@@ -482,7 +485,9 @@ def write(rows: Sequence[dict], origin: dict, output: Path) -> None:
         for console in (Console(width=160), Console(file=file, width=160)):
             console.print(table(rows))
             console.print(
-                f"{note}.\nStrongest: the fastest that is not ours, same form and dtype.", soft_wrap=True
+                f"{note}.\nStrongest: the fastest that is not ours, same form and dtype. "
+                "Error: relative RMS against float64 at 64³, and against eager at full size.",
+                soft_wrap=True,
             )
             for line in left:
                 console.print(line, soft_wrap=True)
