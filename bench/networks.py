@@ -423,6 +423,7 @@ def table(rows: Sequence[dict]) -> Table:
         "÷ dense as nnU-Net runs it",
         "÷ strongest",
         "error",
+        "to eager",
         "peak MB",
     )
     result = Table(*columns, box=MARKDOWN)
