@@ -129,6 +129,24 @@ def test_layout_of_the_output_is_that_of_the_modules(layout):
             assert fuse(network)(x).is_contiguous(memory_format=layout)
 
 
+class _Wide(nn.Module):
+    """A concatenation of more tensors than a block reads, and an addition that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Conv3d(1, 3, 3, padding=1) for _ in range(6))
+        self.last, self.narrow = nn.Conv3d(18, 3, 3), nn.Conv3d(1, 3, (6, 7, 8))
+
+    def forward(self, x):
+        return self.last(torch.cat([conv(x) for conv in self.first], 1)) + self.narrow(x)
+
+
+def test_many_sources_and_a_broadcast():
+    network, x = _Wide().eval(), torch.randn(2, 1, 6, 7, 8)
+    with torch.no_grad():
+        assert torch.allclose(fuse(network)(x), network(x), atol=1e-5)
+
+
 def test_upsampling_without_a_skip():
     network = nn.Sequential(
         nn.Conv3d(1, 4, 3),

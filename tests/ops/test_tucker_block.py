@@ -173,12 +173,15 @@ def test_statistics_survive_a_large_mean(isa, core, ratio):
 
 
 def test_statistics_do_not_depend_on_the_number_of_threads(core):
-    call = random_call(11, torch.float32)
-    call["stats"], before, results = "channel", torch.get_num_threads(), []
+    # Enough arithmetic that threads share it out.
+    x, ones = torch.randn(1, 24, 17, 40, 37), [1] * 3
+    call = [[x], [None], [None], [None], [0.01], [torch.randn(16, 24)], None, torch.randn(24, 16, 3, 3, 3)]
+    call += [ones, ones, ones, torch.randn(40, 24), None, "channel", False]
+    before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3, 16):
             torch.set_num_threads(threads)
-            results.append(block_op(*call.values(), False, backend="cpu")[1:])
+            results.append(block_op(*call, backend="cpu")[1:])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

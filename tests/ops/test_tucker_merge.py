@@ -50,6 +50,14 @@ def test_matches_float64(dtype, poisoned):
         assert relative_rms(actual, expected) <= TOLERANCE[dtype], seed
 
 
+def test_shapes_broadcast_as_in_an_addition():
+    x, gate = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 1, 1)
+    out = merge_op([x, gate], [None, torch.full((2, 3), 2.0)], [None] * 2, [1.0] * 2, 1.0)
+    torch.testing.assert_close(out, x + 2 * gate)
+    call = [[x, gate], [None] * 2, [None] * 2, [1.0] * 2, 1.0]
+    torch.library.opcheck(merge_op, call, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_nan_and_infinity_pass_through():
     x = torch.randn(1, 3, 4, 4)
     x[0, 1, 2, 3], x[0, 2, 0, 0] = float("nan"), float("-inf")
@@ -75,7 +83,7 @@ def test_it_has_no_derivative_and_says_so():
     [
         ([[], [], [], [], 1.0], ShapeError, "one or more tensors"),
         ([[torch.zeros(1, 2, 3, 3)], [None], [None], [], 1.0], ShapeError, "got 1, 1, 1 and 0"),
-        ([[torch.zeros(1, 2, 3, n) for n in (3, 4)], [None] * 2, [None] * 2, [1.0] * 2, 1.0], ShapeError, "one shape"),
+        ([[torch.zeros(1, 2, 3, n) for n in (3, 4)], [None] * 2, [None] * 2, [1.0] * 2, 1.0], ShapeError, "broadcast"),
         ([[torch.zeros(1, 2, 3, 3)], [torch.zeros(1, 3)], [None], [1.0], 1.0], ShapeError, "scale and shift"),
         ([[torch.zeros(1, 2, 3, 3)], [torch.zeros(1, 2).half()], [None], [1.0], 1.0], DtypeError, "torch.float32"),
     ],

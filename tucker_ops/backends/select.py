@@ -224,7 +224,8 @@ def _tucker_merge(values, scale, shift, slope, out_slope):
     check_merge(values, scale, shift, slope, out_slope)
     last = block_memory_format(values[0].dim() - 2, False)
     values = [value.contiguous(memory_format=last) for value in values]
-    if block_kernels(values[0].device.type, values[0].dtype):
+    same = all(value.shape == values[0].shape for value in values)
+    if same and block_kernels(values[0].device.type, values[0].dtype):
         scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
         return torch.ops.tucker_ops._tucker_merge_cpu(values, scale, shift, slope, out_slope)
     return merge(values, scale, shift, slope, out_slope).contiguous(memory_format=last)

@@ -95,6 +95,13 @@ class FusedForward:
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name != _STATE}
 
+    def __reduce_ex__(self, protocol):
+        cls = type(self)
+        if cls.__dict__.get("_made_by_fuse"):
+            # Such a class has no name by which it could be found again.
+            return _rebuild, (cls.__bases__[1],), self.__getstate__()
+        return super().__reduce_ex__(protocol)
+
 
 def fuse(model: nn.Module, *, precision: str | None = None) -> nn.Module:
     """`model` with its inference in fused blocks; shares all parameters and buffers with it.
@@ -147,7 +154,14 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
 
 @cache
 def _fused_class(cls: type) -> type:
-    return type(f"Fused{cls.__name__}", (FusedForward, cls), {"__module__": cls.__module__})
+    names = {"__module__": cls.__module__, "_made_by_fuse": True}
+    return type(f"Fused{cls.__name__}", (FusedForward, cls), names)
+
+
+def _rebuild(cls: type) -> nn.Module:
+    """An empty fused model of a class, for copy and pickle to fill."""
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
 
 
 def _may_fuse(model: nn.Module, input: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from tucker_ops.backends.cpu import MOST_SOURCES
 from tucker_ops.errors import ConversionError
 from tucker_ops.fused import arithmetic
 from tucker_ops.nn import _TuckerConv, spec_of
@@ -245,6 +246,8 @@ class Rewriter:
         only_normed = normed and len(node.users) == 1
         bias = None if only_normed else self.weight(node.target, "bias")
 
+        if isinstance(value, Concatenated) and len(value.parts) > MOST_SOURCES:
+            value = Pending(self.materialise(value))
         parts = value.parts if isinstance(value, Concatenated) else (value,)
         parts = tuple(self.merged(part) if isinstance(part, Summed) else part for part in parts)
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)

@@ -28,15 +28,17 @@ def check_merge(values, scale, shift, slope, out_slope) -> None:
             f"{len(scale)}, {len(shift)} and {len(slope)}"
         )
     first = values[0]
-    if first.dim() not in (4, 5) or any(t.shape != first.shape for t in values):
+    if first.dim() not in (4, 5) or any(t.dim() != first.dim() for t in values) or _shape_of(values) is None:
         raise ShapeError(
-            f"tensors must be [N, C, *spatial] of one shape, got {[tuple(t.shape) for t in values]}"
+            f"tensors must be [N, C, *spatial] of shapes that broadcast, got {[tuple(t.shape) for t in values]}"
         )
     pending = [t for t in (*scale, *shift) if t is not None]
-    if any(tuple(t.shape) != tuple(first.shape[:2]) for t in pending):
-        raise ShapeError(
-            f"scale and shift must be [N, C] = {list(first.shape[:2])}, got {[tuple(t.shape) for t in pending]}"
-        )
+    for given in (scale, shift):
+        for t, value in zip(given, values, strict=True):
+            if t is not None and tuple(t.shape) != tuple(value.shape[:2]):
+                raise ShapeError(
+                    f"scale and shift must be [N, C] = {list(value.shape[:2])} of their tensor, got {list(t.shape)}"
+                )
     wide = torch.float64 if first.dtype == torch.float64 else torch.float32
     if first.dtype not in DTYPES or any(t.dtype != first.dtype for t in values):
         raise DtypeError(f"tensors must have one floating dtype, got {[t.dtype for t in values]}")
@@ -48,9 +50,18 @@ def check_merge(values, scale, shift, slope, out_slope) -> None:
         raise DeviceError("all tensors must be on one device: move them with .to(device)")
 
 
+def _shape_of(values) -> torch.Size | None:
+    """The shape of their sum; None where they do not broadcast."""
+    try:
+        return torch.broadcast_shapes(*(t.shape for t in values))
+    except RuntimeError:
+        return None
+
+
 def _empty_output(values, scale, shift, slope, out_slope) -> Tensor:
     check_merge(values, scale, shift, slope, out_slope)
-    return torch.empty_like(values[0], memory_format=block_memory_format(values[0].dim() - 2, False))
+    like, layout = values[0], block_memory_format(values[0].dim() - 2, False)
+    return torch.empty(_shape_of(values), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 torch.library.register_fake("tucker_ops::tucker_merge", _empty_output, lib=LIBRARY)
