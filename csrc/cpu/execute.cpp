@@ -55,7 +55,8 @@ Tiles tiles_of_call(const Geometry& g, const Layouts& layouts, const Units& u, s
   return tiles ? *tiles : *choose_tiles(g, layouts, u, std::nullopt, threads);
 }
 
-// Merges what the units of each volume saw, in their order, so that the result does not depend on threads.
+// Merges what the units of each volume saw, in their order, so that it does not matter which thread took which. The
+// number of threads decides on the tiles, and so on the last bits.
 void merge_statistics(const OnePass& pass, const Statistics& to) {
   const Geometry& g = pass.g;
   const Tiles& t = pass.tiles;
