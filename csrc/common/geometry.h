@@ -9,7 +9,12 @@ namespace tucker_ops {
 // first (or third) stage its channels are the core's ranks.
 struct Geometry {
   int64_t batch, in_channels, rank_in, rank_out, out_channels;
-  bool reduced = true, expanded = true;  // is there a first, a third stage?
+  // Is there a first, a second, a third stage? A convolution of one tap alone is a third stage.
+  bool reduced = true, convolved = true, expanded = true;
+  bool covariance = false;               // of the output's channels, beside their mean
+  // Sources in rank space: the most ranks that one has, and multiply-adds per voxel that expand all of them.
+  int64_t source_ranks = 0, source_macs = 0;
+  int64_t coarse_channels = 0;  // of sources with smaller extents, those of each rounded up to 16
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 

@@ -36,16 +36,15 @@ bool read_core(std::optional<int64_t>& winograd) {
   return winograd.has_value();
 }
 
-// The kernel that runs a call, and the units it multiplies. Pairs are not stored as the result, so without a third stage
-// bfloat16 is widened.
+// The kernel that runs a call, and the units it multiplies.
 struct Chosen {
   Run run;
   Units units;
 };
 
-Chosen choose_run(const Kernels& kernels, bool bfloat16, bool expanded) {
+Chosen choose_run(const Kernels& kernels, bool bfloat16) {
   if (!bfloat16) return {kernels.float32, {kernels.lanes, 1}};
-  if (!kernels.pairs || !expanded) return {kernels.bfloat16, {kernels.lanes, 1}};
+  if (!kernels.pairs) return {kernels.bfloat16, {kernels.lanes, 1}};
   return {kernels.pairs, {kernels.lanes, 2, kernels.matrix ? kMatrixSpeed : 2}};
 }
 
@@ -60,7 +59,8 @@ Tiles tiles_of_call(const Geometry& g, const Layouts& layouts, const Units& u, s
 void merge_statistics(const OnePass& pass, const Statistics& to) {
   const Geometry& g = pass.g;
   const Tiles& t = pass.tiles;
-  std::vector<double> mean(g.out_channels), m2(g.out_channels);
+  const int64_t channels = g.out_channels, partners = g.covariance ? channels : 1;
+  std::vector<double> mean(channels), delta(channels), m2(channels * partners);
   const float* from = pass.stats;
   for (int64_t n = 0; n < g.batch; ++n) {
     double seen = 0;
@@ -68,19 +68,30 @@ void merge_statistics(const OnePass& pass, const Statistics& to) {
       const int64_t rows = std::min(t.rows, g.out[1] - tile / t.col_tiles * t.rows);
       const int64_t cols = std::min(t.cols, g.out[2] - tile % t.col_tiles * t.cols);
       const double voxels = static_cast<double>(rows * cols);
-      for (int64_t depth = 0; depth < g.out[0]; ++depth, from += 2 * pass.stats_channels, seen += voxels) {
+      for (int64_t depth = 0; depth < g.out[0]; ++depth, from += stats_floats(g, pass.stats_channels), seen += voxels) {
         const double share = voxels / (seen + voxels);
-        for (int64_t c = 0; c < g.out_channels; ++c) {
-          const double before = seen == 0 ? from[c] : mean[c], delta = from[c] - before;
-          mean[c] = before + delta * share;
-          m2[c] = (seen == 0 ? 0 : m2[c]) + from[pass.stats_channels + c] + delta * delta * seen * share;
+        if (seen == 0) {
+          std::copy_n(from, channels, mean.begin());
+          std::fill(m2.begin(), m2.end(), 0.0);
         }
+        for (int64_t c = 0; c < channels; ++c) {
+          delta[c] = from[c] - mean[c];
+          mean[c] += delta[c] * share;
+        }
+        const float* products = from + pass.stats_channels;
+        if (!g.covariance) {
+          for (int64_t c = 0; c < channels; ++c) m2[c] += products[c] + delta[c] * delta[c] * seen * share;
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c, products += pass.stats_channels)
+          for (int64_t d = c; d < channels; ++d)
+            m2[c * channels + d] += products[d] + delta[c] * delta[d] * seen * share;
       }
     }
-    for (int64_t c = 0; c < g.out_channels; ++c) {
-      to.mean[n * g.out_channels + c] = static_cast<float>(mean[c]);
-      to.m2[n * g.out_channels + c] = static_cast<float>(m2[c]);
-    }
+    for (int64_t c = 0; g.covariance && c < channels; ++c)
+      for (int64_t d = 0; d < c; ++d) m2[c * channels + d] = m2[d * channels + c];
+    std::copy_n(mean.begin(), channels, to.mean + n * channels);
+    std::copy_n(m2.begin(), channels * partners, to.m2 + n * channels * partners);
   }
 }
 
@@ -149,7 +160,7 @@ void execute(const char* op, OnePass pass, const Weights& weights, bool bfloat16
   STD_TORCH_CHECK(read_core(winograd), "TUCKER_CPU_CORE=", std::getenv("TUCKER_CPU_CORE"),
                   " is not known; leave it unset, or set direct, winograd2 or winograd4");
   Geometry& g = pass.g;
-  const auto [run, units] = choose_run(*kernels, bfloat16, g.expanded);
+  const auto [run, units] = choose_run(*kernels, bfloat16);
   const Layouts layouts{pass.sources[0].strides.channel == 1, pass.y_strides.channel == 1};
   pass.tiles = tiles_of_call(g, layouts, units, winograd);
   const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, units, pass.tiles.winograd);
@@ -158,6 +169,7 @@ void execute(const char* op, OnePass pass, const Weights& weights, bool bfloat16
     pass.sources[i].reduce = packed->reduce[i].get();
     pass.sources[i].reduce_floats = reduce_floats(weights.reduce[i], units);
   }
+  for (size_t i = 0; i < weights.expand.size(); ++i) pass.sources[i].expand = packed->expand[i].get();
   pass.core = packed->core.get();
   pass.u_out = packed->u_out.get();
   pass.in_bias = packed->in_bias.get();
@@ -167,12 +179,13 @@ void execute(const char* op, OnePass pass, const Weights& weights, bool bfloat16
   Floats partial;
   if (stats) {
     pass.stats_channels = ceil_div(g.out_channels, 2 * units.lanes) * 2 * units.lanes;
-    partial = allocate(planes * 2 * pass.stats_channels);
+    partial = allocate(planes * stats_floats(g, pass.stats_channels));
     STD_TORCH_CHECK(partial, op, ": no memory for statistics of ", planes, " planes");
     pass.stats = partial.get();
   }
-  const int64_t macs_per_voxel = g.rank_in * g.rank_out * g.kernel[0] * g.kernel[1] * g.kernel[2] +
-                                 g.rank_out * g.out_channels + g.rank_in * g.in_channels;
+  const int64_t taps = g.convolved ? g.kernel[0] * g.kernel[1] * g.kernel[2] : 0;
+  const int64_t macs_per_voxel = g.rank_in * g.rank_out * taps +
+                                 g.rank_out * g.out_channels + g.rank_in * g.in_channels + g.source_macs;
   const int64_t grain = std::max<int64_t>(
       1, kMinMacsPerThread / std::max<int64_t>(1, macs_per_voxel * pass.tiles.rows * pass.tiles.cols));
   const int64_t scratch_size = scratch_of(g, pass.tiles, units).total;
@@ -201,7 +214,7 @@ extern "C" __attribute__((visibility("default"))) int tucker_ops_cpu_tiles(const
   const Kernels* kernels = select_kernels(std::getenv("TUCKER_CPU_ISA"));
   std::optional<int64_t> winograd;
   if (!kernels || !read_core(winograd)) return 0;
-  const Units units = choose_run(*kernels, numbers[1] != 0, true).units;
+  const Units units = choose_run(*kernels, numbers[1] != 0).units;
   const Tiles tiles = tiles_of_call(g, {numbers[0] != 0, numbers[0] != 0}, units, winograd);
   result[0] = tiles.winograd;
   result[1] = tiles.rows;

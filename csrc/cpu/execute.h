@@ -25,7 +25,8 @@ void set_geometry(Geometry& g, const char* op, const std::vector<int64_t>& in, c
 // Spatial extents of the output behind `batch` and `channels`.
 std::vector<int64_t> output_size(const Geometry& g, int64_t ndim);
 
-// Where statistics of the output go: [batch, out_channels] each, contiguous.
+// Where statistics of the output go, contiguous: [batch, out_channels] each, or m2 [batch, out_channels, out_channels] of a
+// covariance.
 struct Statistics {
   float *mean, *m2;
 };

@@ -22,13 +22,15 @@ struct Tiles {
 // One of the tensors that the first stage sums up. Its extents are those of the input divided by `factor`; where that
 // is not 1 there is a matrix for every position within the factor, as in a transposed convolution of that stride.
 struct Source {
-  const void* x;
-  Strides strides;
-  int64_t channels, factor[3];
-  const float *scale, *shift;  // [batch][channels] of a norm still to be applied; null if there is none
-  float slope;                 // of the LeakyReLU after it; 1 if there is none
-  const float* reduce;         // packed matrices, `reduce_floats` apart; null: the values are the first stage's output
-  int64_t reduce_floats;
+  const void* x = nullptr;
+  Strides strides{};
+  int64_t channels = 0, factor[3] = {1, 1, 1};
+  int64_t width = 0;              // values of a voxel: channels, or ranks where they are to be expanded first
+  const float* expand = nullptr;  // packed [channels, width]; null if x holds channels
+  const float *scale = nullptr, *shift = nullptr;  // [batch][channels] of a norm still to be applied; null if there is none
+  float slope = 1;                // of the LeakyReLU after it; 1 if there is none
+  const float* reduce = nullptr;  // packed matrices, `reduce_floats` apart; null: the values are the first stage's output
+  int64_t reduce_floats = 0;
 };
 constexpr int64_t kMostSources = 4;
 
@@ -43,10 +45,11 @@ struct OnePass {
   int64_t source_count;
   const float* in_bias;  // [rank_in rounded up to 2·lanes], added inside the volume; null if there is none
   void* y;
+  bool y_is_float;  // whatever the sources are
   Strides y_strides;
   const float *core, *u_out;  // u_out is null where the core's output is the result
   const float* bias;          // [out_channels rounded up to 2·lanes], zeros if the layer has none
-  float* stats;               // per unit of work: mean, then sum of squared deviations, of every channel; or null
+  float* stats;               // per unit of work, see stats_floats; or null
   int64_t stats_channels;     // out_channels rounded up to 2·lanes
 };
 
@@ -72,8 +75,15 @@ struct Units {
 // static: a copy of these compiled with wider instructions must stay in its object file.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline bool is_pending(const Source& s) { return s.scale || s.shift || s.slope != 1.0f; }
+// Are its values those that are multiplied?
+static inline bool is_ready(const Source& s) { return !s.scale && !s.shift && s.slope == 1.0f && !s.expand; }
 static inline bool is_coarse(const Source& s) { return s.factor[0] * s.factor[1] * s.factor[2] > 1; }
+
+// Floats of a unit's statistics: the mean of every channel, then its sum of squared deviations; for a covariance the sums
+// of products of the deviations of two channels, [channels][channels], of which those below the diagonal may be missing.
+static inline int64_t stats_floats(const Geometry& g, int64_t channels) {
+  return channels * (g.covariance ? 1 + channels : 2);
+}
 
 // Floats in the packed form of a weight with `channels` outputs and a reduction over `reduction` values.
 static inline int64_t packed_floats(int64_t channels, int64_t reduction, int64_t lanes) {
@@ -88,7 +98,7 @@ struct Scratch {
   int64_t in_plane;               // floats of a plane [row][group][column][lane] of the first stage's output
   int64_t point_in, point_out;    // Winograd: floats between points of a block's input and of its output
   int64_t slot;                   // floats of a plane in the ring
-  int64_t plane, products, z, line, sums, stats, tags, total;
+  int64_t plane, products, z, line, sums, ranks, coarse, stats, tags, total;
 };
 
 static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units& u) {
@@ -116,9 +126,11 @@ static inline Scratch scratch_of(const Geometry& g, const Tiles& t, const Units&
   s.line = s.z + ceil_div(rows * cols * out_ranks / u.channels, lanes) * lanes;
   const int64_t widest = g.in_channels > g.out_channels ? g.in_channels : g.out_channels;
   s.sums = s.line + ceil_div(widest, lanes) * lanes * (kColumns + 16);
-  s.stats = s.sums + (u.channels == 1 ? 0 : in_ranks * kColumns);
-  s.tags = s.stats + 2 * ceil_div(g.out_channels, 2 * lanes) * 2 * lanes;
-  s.total = s.tags + 2 * t.slots;
+  s.ranks = s.sums + (u.channels == 1 ? 0 : in_ranks * kColumns);
+  s.coarse = s.ranks + ceil_div(g.source_ranks, lanes) * lanes * kColumns;
+  s.stats = s.coarse + g.coarse_channels * (t.cols_in + 1);
+  s.tags = s.stats + stats_floats(g, ceil_div(g.out_channels, 2 * lanes) * 2 * lanes);
+  s.total = s.tags + 2 * (t.slots + kMostSources);
   return s;
 }
 

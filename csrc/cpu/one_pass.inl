@@ -28,7 +28,8 @@ struct Worker {
   const Tiles& tiles;
   const Scratch at;
   float* const scratch;
-  int64_t* const tags;  // input depth that each slot of the ring holds, or -1
+  int64_t* const tags;        // input depth that each slot of the ring holds, or -1
+  int64_t* const coarse_tags;  // row of each source with smaller extents that is kept, or -1
 
   int64_t n = 0, row0 = 0, col0 = 0, rows = 0, cols = 0;  // the tile at work, in output voxels
   int64_t rows_read = 0, cols_read = 0;                   // extents of its plane of the first stage's output
@@ -52,6 +53,7 @@ struct Worker {
         at(scratch_of(g, tiles, {LANES, kChannels<U>})),
         scratch(memory),
         tags(reinterpret_cast<int64_t*>(scratch + at.tags)),
+        coarse_tags(tags + tiles.slots),
         in_groups(ceil_div(g.rank_in, LANES)),
         out_groups(ceil_div(g.rank_out, LANES)),
         rank_in_units(ceil_div(g.rank_in, kChannels<U>)),
@@ -73,7 +75,7 @@ struct Worker {
       rows_read = down * tiles.winograd + 2;
       cols_read = across * tiles.winograd + 2;
     }
-    for (int64_t s = 0; s < tiles.slots; ++s) tags[s] = -1;
+    for (int64_t s = 0; s < tiles.slots + kMostSources; ++s) tags[s] = -1;
 #if defined(TUCKER_MATRIX)
     select_matrix();
 #endif
@@ -106,7 +108,8 @@ struct Worker {
     switch (tiles.winograd) {
       case 4: convolve_blocks<4>(depth); break;
       case 2: convolve_blocks<2>(depth); break;
-      default: convolve_plane(depth);
+      default:
+        if (g.convolved) convolve_plane(depth);
     }
     expand_plane(depth);
   }
@@ -145,7 +148,7 @@ struct Worker {
     const Source& s = p.sources[0];
     if (p.source_count == 1 && !is_coarse(s)) {
       const T* x = at_voxel(s, d, h, w);
-      if (!s.reduce) return copy_columns(s, x, count, out);
+      if (!s.reduce) return ready_source(s, x, count, out, group_stride<S>(), kUnits<S>);
       return reduce_source(s, s.reduce, x, count, out, group_stride<S>(), kUnits<S>, 0);
     }
     if constexpr (kChannels<S> == 1) {
@@ -162,14 +165,45 @@ struct Worker {
   void sum_sources(int64_t d, int64_t h, int64_t w, int64_t count, float* out, int64_t group_step) {
     for (int64_t i = 0; i < p.source_count; ++i) {
       const Source& s = p.sources[i];
+      if (!is_coarse(s)) {
+        reduce_source(s, s.reduce, at_voxel(s, d, h, w), count, out, group_step, LANES, i);
+        continue;
+      }
       const int64_t f = s.factor[2];
-      // Every f-th column takes the same matrix; for a source at full extents that is every column.
+      int64_t lda, begin;
+      const U* row = coarse_row(i, d, h, lda, begin);
+      // Every f-th column takes the same matrix.
       for (int64_t first = 0; first < f && first < count; ++first) {
         const int64_t column = w + first, matrix = (d % s.factor[0] * s.factor[1] + h % s.factor[1]) * f + column % f;
-        reduce_source(s, s.reduce + matrix * s.reduce_floats, at_voxel(s, d, h, column), ceil_div(count - first, f),
-                      out + first * LANES, group_step, f * LANES, i);
+        reduce_columns<0>(row + (column / f - begin) * lda, lda, 1, units_of(s), s.reduce + matrix * s.reduce_floats,
+                          ceil_div(count - first, f), out + first * LANES, group_step, f * LANES, i);
       }
     }
+  }
+
+  // What the tile needs of a row of source `index`, from its column `begin` on. Kept, because several rows of the input
+  // read the same one.
+  const U* coarse_row(int64_t index, int64_t d, int64_t h, int64_t& lda, int64_t& begin) {
+    const Source& s = p.sources[index];
+    const int64_t w0 = col0 * g.stride[2] - g.padding[2], f = s.factor[2];
+    begin = clamp(w0, 0, g.in[2]) / f;
+    const int64_t end = ceil_div(clamp(w0 + reach(2, cols), 0, g.in[2]), f);
+    const T* x = at_voxel(s, d, h, begin * f);
+    const int64_t space = s.strides.space[2];
+    if (is_read_in_place(s)) {
+      lda = space / kChannels<U>;
+      return reinterpret_cast<const U*>(x);
+    }
+    U* kept = reinterpret_cast<U*>(scratch + at.coarse);
+    for (int64_t i = 0; i < index; ++i)
+      if (is_coarse(p.sources[i])) kept += ceil_div(p.sources[i].channels, 16) * 16 * (tiles.cols_in + 1);
+    lda = ceil_div(s.channels, LANES) * kUnits<U>;
+    const int64_t tag = d / s.factor[0] * g.in[1] + h / s.factor[1];
+    if (coarse_tags[index] == tag) return kept;
+    coarse_tags[index] = tag;
+    for (int64_t col = begin; col < end; col += kColumns, x += kColumns * space)
+      copy_columns(s, x, end - col < kColumns ? end - col : kColumns, kept + (col - begin) * lda, lda);
+    return kept;
   }
 
   const T* at_voxel(const Source& s, int64_t d, int64_t h, int64_t w) const {
@@ -199,17 +233,12 @@ struct Worker {
     U* line = reinterpret_cast<U*>(scratch + at.line);
     if (channel == 1) {
       step = 1;
-      if (!is_pending(s) && sizeof(T) * kChannels<U> == sizeof(U) && s.channels % kChannels<U> == 0 &&
-          space % kChannels<U> == 0) {
+      if (is_read_in_place(s)) {
         lda = space / kChannels<U>;
         return reinterpret_cast<const U*>(x);
       }
-      lda = units;
-      if (is_pending(s)) {
-        activate(s, x, count, line, lda);
-      } else {
-        for (int64_t j = 0; j < count; ++j) gather(x + j * space, s.channels, line + j * lda);
-      }
+      lda = ceil_div(s.channels, LANES) * kUnits<U>;
+      copy_columns(s, x, count, line, lda);
       return line;
     }
     lda = 1;
@@ -222,46 +251,91 @@ struct Worker {
     return reinterpret_cast<U*>(scratch + at.line);
   }
 
-  // The norm and LeakyReLU that a source still has before it, on channels c to c + LANES. A NaN stays one.
-  TUCKER_INLINE Vec activated(const Source& s, int64_t c, Vec value) const {
-    if (s.scale) value = value * load(s.scale + n * s.channels + c);
-    if (s.shift) value = value + load(s.shift + n * s.channels + c);
-    return value > 0 ? value : value * s.slope;
+  bool is_read_in_place(const Source& s) const {
+    return is_ready(s) && s.strides.channel == 1 && sizeof(T) * kChannels<U> == sizeof(U) &&
+           s.channels % kChannels<U> == 0 && s.strides.space[2] % kChannels<U> == 0;
   }
 
-  // The same on the last `count` channels, the others zero.
-  TUCKER_INLINE Vec activated(const Source& s, int64_t c, const T* x, int64_t count) const {
-    float lanes[LANES] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      float value = to_float(x[c + i]);
-      if (s.scale) value = value * s.scale[n * s.channels + c + i];
-      if (s.shift) value = value + s.shift[n * s.channels + c + i];
-      lanes[i] = value > 0 ? value : value * s.slope;
-    }
-    return load(lanes);
+  // Voxels that lie apart by `lda` units, their channels together.
+  void copy_columns(const Source& s, const T* x, int64_t count, U* line, int64_t lda) {
+    if (!is_ready(s)) return ready_source(s, x, count, line, kUnits<U>, lda);
+    for (int64_t j = 0; j < count; ++j) gather(x + j * s.strides.space[2], s.channels, line + j * lda);
   }
 
-  void activate(const Source& s, const T* x, int64_t count, U* line, int64_t lda) const {
-    for (int64_t j = 0; j < count; ++j, x += s.strides.space[2], line += lda) {
-      int64_t c = 0;
-      for (; c + LANES <= s.channels; c += LANES) store(line + c / kChannels<U>, activated(s, c, load(x + c)));
-      if (c == s.channels) continue;
-      U rest[kUnits<U>];
-      store(rest, activated(s, c, x, s.channels - c));
-      for (int64_t i = 0; c + i * kChannels<U> < s.channels; ++i) line[c / kChannels<U> + i] = rest[i];
-    }
-  }
+  // The norm and LeakyReLU that source `s` still has before it, for NV vectors of channels from c on. A NaN stays one.
+  template <int NV>
+  struct Activation {
+    Vec scale[NV], shift[NV];
+    const float slope;
 
-  // Without a first stage: values as they are, in groups.
-  template <class S>
-  void copy_columns(const Source& s, const T* x, int64_t count, S* out) const {
-    for (int64_t c = 0; c < s.channels; c += LANES, out += group_stride<S>()) {
-      const T* from = x;
-      for (int64_t j = 0; j < count; ++j, from += s.strides.space[2]) {
-        const int64_t left = s.channels - c;
-        store(out + j * kUnits<S>, left >= LANES ? activated(s, c, load(from + c)) : activated(s, c, from, left));
+    TUCKER_INLINE Activation(const Source& s, int64_t n, int64_t c) : slope(s.slope) {
+      for (int v = 0; v < NV; ++v, c += LANES) {
+        scale[v] = s.scale ? load_lanes(s.scale + n * s.channels + c, s.channels - c) : Vec{} + 1.0f;
+        shift[v] = s.shift ? load_lanes(s.shift + n * s.channels + c, s.channels - c) : Vec{};
       }
     }
+
+    TUCKER_INLINE Vec operator()(Vec value, int v) const {
+      value = value * scale[v] + shift[v];
+      return value > 0 ? value : value * slope;
+    }
+  };
+
+  // A source that holds channels, normed and activated. Vectors of channels go to `group_step` apart, voxels to `step`
+  // apart; the last vector is filled up with zeros.
+  template <class S>
+  void activate_source(const Source& s, const T* x, int64_t count, S* out, int64_t group_step, int64_t step) const {
+    const int64_t left = s.channels % LANES, whole = s.channels - left;
+    int64_t c = 0;
+    for (; c + 4 * LANES <= whole; c += 4 * LANES) activate_vectors<4>(s, x, c, count, out + c / LANES * group_step, group_step, step);
+    for (; c < whole; c += LANES) activate_vectors<1>(s, x, c, count, out + c / LANES * group_step, group_step, step);
+    if (!left) return;
+    const Activation<1> activation(s, n, c);
+    for (int64_t j = 0; j < count; ++j)
+      store(out + c / LANES * group_step + j * step, activation(load_lanes(x + j * s.strides.space[2] + c, left), 0));
+  }
+
+  template <int NV, class S>
+  TUCKER_INLINE void activate_vectors(const Source& s, const T* x, int64_t c, int64_t count, S* out, int64_t group_step,
+                                      int64_t step) const {
+    const Activation<NV> activation(s, n, c);
+    x += c;
+    for (int64_t j = 0; j < count; ++j, x += s.strides.space[2], out += step)
+      for (int v = 0; v < NV; ++v) store(out + v * group_step, activation(load(x + v * LANES), v));
+  }
+
+  // A source in rank space: expand · x, normed and activated. Vectors of channels go to `group_step` apart, voxels to
+  // `step` apart.
+  template <class S>
+  void expand_source(const Source& s, const T* x, int64_t count, S* out, int64_t group_step, int64_t step) {
+    const int64_t space = s.strides.space[2], units = ceil_div(s.width, kChannels<U>);
+    const U* a = reinterpret_cast<const U*>(x);
+    int64_t lda = space / kChannels<U>;
+    if (sizeof(T) * kChannels<U> != sizeof(U) || s.width % kChannels<U> || space % kChannels<U>) {
+      U* const line = reinterpret_cast<U*>(scratch + at.ranks);
+      lda = units;
+      for (int64_t j = 0; j < count; ++j) gather(x + j * space, s.width, line + j * lda);
+      a = line;
+    }
+    channel_blocks(s.channels, [&](auto nv, int64_t c) {
+      constexpr int NV = decltype(nv)::value;
+      const Activation<NV> activation(s, n, c);
+      S* const block = out + c / LANES * group_step;
+      voxel_blocks<NV>(0, count, [&](auto mr, int64_t col) {
+        constexpr int MR = decltype(mr)::value;
+        Vec acc[MR][NV] = {};
+        accumulate<MR, NV, 0>(acc, a + col * lda, lda, 1, units, s.expand + c * units);
+        for (int j = 0; j < MR; ++j)
+          for (int v = 0; v < NV; ++v) store(block + v * group_step + (col + j) * step, activation(acc[j][v], v));
+      });
+    });
+  }
+
+  // All channels of voxels, ready to be multiplied.
+  template <class S>
+  void ready_source(const Source& s, const T* x, int64_t count, S* out, int64_t group_step, int64_t step) {
+    if (s.expand) return expand_source(s, x, count, out, group_step, step);
+    activate_source(s, x, count, out, group_step, step);
   }
 
   // All channels of one voxel.
@@ -491,10 +565,20 @@ struct Worker {
 
   // Third stage: u_out · z + bias, or z + bias, to memory.
   void expand_plane(int64_t depth) {
+    if (p.y_is_float) {
+      expand_plane_to(static_cast<float*>(p.y), depth);
+    } else {
+      expand_plane_to(static_cast<T*>(p.y), depth);
+    }
+  }
+
+  template <class Out>
+  void expand_plane_to(Out* y, int64_t depth) {
     const Strides& s = p.y_strides;
-    T* y = static_cast<T*>(p.y) + n * s.batch + depth * s.space[0] + row0 * s.space[1] + col0 * s.space[2];
+    y += n * s.batch + depth * s.space[0] + row0 * s.space[1] + col0 * s.space[2];
     float* const line = scratch + at.line;
     for (int64_t row = 0; row < rows; ++row, y += s.space[1]) {
+      if (!g.convolved) fetch_ahead(row, rows);
       for (int64_t col = 0; col < cols; col += kColumns) {
         const int64_t count = cols - col < kColumns ? cols - col : kColumns;
         const U* z = z_plane() + row * z_row + col * kUnits<U>;
@@ -504,6 +588,7 @@ struct Worker {
           expand_columns(z, count, line, LANES, kColumns, row * cols + col);
           write_columns(line, count, y + col * s.space[2]);
         }
+        if (p.stats && g.covariance) observe_products(z, count, row * cols + col);
       }
     }
   }
@@ -525,15 +610,14 @@ struct Worker {
         Vec acc[MR][NV];
         for (int j = 0; j < MR; ++j)
           for (int v = 0; v < NV; ++v) acc[j][v] = bias[v];
-        if constexpr (kChannels<U> == 1) {
-          if (!p.u_out) {
-            const U* from = z + c / LANES * group + col * kUnits<U>;
-            for (int j = 0; j < MR; ++j)
-              for (int v = 0; v < NV; ++v) acc[j][v] += load(from + v * group + j * kUnits<U>);
-          }
+        if (p.u_out) {
+          accumulate_groups<MR, NV, kUnits<U>>(acc, z + col * kUnits<U>, kUnits<U>, group, units, w);
+        } else {
+          const U* from = z + c / LANES * group + col * kUnits<U>;
+          for (int j = 0; j < MR; ++j)
+            for (int v = 0; v < NV; ++v) acc[j][v] += load(from + v * group + j * kUnits<U>);
         }
-        if (p.u_out) accumulate_groups<MR, NV, kUnits<U>>(acc, z + col * kUnits<U>, kUnits<U>, group, units, w);
-        if (p.stats) observe<MR, NV>(acc, c, seen + col);
+        if (p.stats && !g.covariance) observe<MR, NV>(acc, c, seen + col);
         Out* to = block + col * column;
         if (whole) {
           for (int j = 0; j < MR; ++j, to += column)
@@ -577,13 +661,55 @@ struct Worker {
     }
   }
 
+  // The same for products of deviations of two channels, from `count` voxels of the second stage's output: sums over
+  // deviations from the mean of these, and one row more for how far that mean lies from the one before.
+  void observe_products(const U* z, int64_t count, int64_t seen) {
+    constexpr int64_t group = (kColumns + 1) * LANES;
+    constexpr int R = 4;  // rows at a time; with two vectors of columns as many sums as hide their latency
+    float* const mean = scratch + at.stats;
+    float* const products = mean + p.stats_channels;
+    float* const line = scratch + at.line;
+    const float share = static_cast<float>(count) / static_cast<float>(seen + count);
+    const float root = __builtin_sqrtf(static_cast<float>(seen) * share);
+    if (seen == 0) __builtin_memset(mean, 0, stats_floats(g, p.stats_channels) * sizeof(float));
+    for (int64_t i = 0; i < out_groups; ++i, z += z_cols * kUnits<U>) {
+      float* const to = line + i * group;
+      const Vec bias = load(p.bias + i * LANES), before = load(mean + i * LANES);
+      Vec sum = {};
+      for (int64_t j = 0; j < count; ++j) sum += load(z + j * kUnits<U>) + bias;
+      const Vec here = sum * (1.0f / static_cast<float>(count)), delta = here - before;
+      for (int64_t j = 0; j < count; ++j) store(to + j * LANES, load(z + j * kUnits<U>) + bias - here);
+      store(to + count * LANES, delta * root);
+      store(mean + i * LANES, seen == 0 ? here : before + delta * share);
+    }
+    const int64_t entries = count + (seen ? 1 : 0);
+    for (int64_t row = 0; row < g.out_channels; row += R) {
+      const float* const a = line + row / LANES * group + row % LANES;
+      const int64_t begin = row / (2 * LANES) * 2 * LANES;
+      channel_blocks(g.out_channels - begin, [&](auto nv, int64_t c) {
+        constexpr int NV = decltype(nv)::value;
+        const float* const b = line + (begin + c) / LANES * group;
+        float* const to = products + row * p.stats_channels + begin + c;
+        Vec acc[R][NV];
+        for (int j = 0; j < R; ++j)
+          for (int v = 0; v < NV; ++v) acc[j][v] = load(to + j * p.stats_channels + v * LANES);
+        for (int64_t k = 0; k < entries; ++k)
+          for (int j = 0; j < R; ++j)
+            for (int v = 0; v < NV; ++v) acc[j][v] += load(b + v * group + k * LANES) * a[k * LANES + j];
+        for (int j = 0; j < R; ++j)
+          for (int v = 0; v < NV; ++v) store(to + j * p.stats_channels + v * LANES, acc[j][v]);
+      });
+    }
+  }
+
   void write_stats(int64_t unit) const {
-    if (p.stats)
-      __builtin_memcpy(p.stats + unit * 2 * p.stats_channels, scratch + at.stats, 2 * p.stats_channels * sizeof(float));
+    const int64_t floats = stats_floats(g, p.stats_channels);
+    if (p.stats) __builtin_memcpy(p.stats + unit * floats, scratch + at.stats, floats * sizeof(float));
   }
 
   // [group][kColumns][LANES] to channels that lie apart.
-  void write_columns(const float* line, int64_t count, T* y) {
+  template <class Out>
+  void write_columns(const float* line, int64_t count, Out* y) {
     const int64_t space = p.y_strides.space[2], channel = p.y_strides.channel;
     for (int64_t c = 0; c < g.out_channels; c += LANES, line += kColumns * LANES) {
       const int64_t channels = g.out_channels - c < LANES ? g.out_channels - c : LANES;
@@ -610,36 +736,38 @@ struct Worker {
     for (int64_t item = step * items / steps; item < (step + 1) * items / steps; ++item) {
       if (item < rows) {
         const Strides& s = p.y_strides;
-        const T* y = static_cast<const T*>(p.y) + n * s.batch + ahead_depth * s.space[0] + (row0 + item) * s.space[1] +
-                     col0 * s.space[2];
-        fetch_row<1>(y, s, cols, g.out_channels);
+        const int64_t bytes = p.y_is_float ? sizeof(float) : sizeof(T);
+        const int64_t at_row = n * s.batch + ahead_depth * s.space[0] + (row0 + item) * s.space[1] + col0 * s.space[2];
+        fetch_row<1>(static_cast<const char*>(p.y) + at_row * bytes, bytes, s, cols, g.out_channels);
         continue;
       }
       const Source& source = p.sources[(item - rows) / rows_ahead];
-      if (is_coarse(source)) continue;
       const int64_t ahead = (item - rows) % rows_ahead;
       const int64_t d = ahead_plane + ahead / rows_needed;
       const int64_t h = row0 * g.stride[1] - g.padding[1] + ahead % rows_needed;
+      if (d % source.factor[0] || h % source.factor[1]) continue;
       const int64_t w0 = col0 * g.stride[2] - g.padding[2];
       const int64_t begin = clamp(w0, 0, g.in[2]), end = clamp(w0 + reach(2, cols), 0, g.in[2]);
       if (h < 0 || h >= g.in[1] || begin >= end) continue;
-      fetch_row<0>(at_voxel(source, d, h, begin), source.strides, end - begin, source.channels);
+      fetch_row<0>(reinterpret_cast<const char*>(at_voxel(source, d, h, begin)), sizeof(T), source.strides,
+                   ceil_div(end - begin, source.factor[2]), source.width);
     }
   }
 
   template <int WRITE>
-  static TUCKER_INLINE void fetch_row(const T* row, const Strides& s, int64_t count, int64_t channels) {
+  static TUCKER_INLINE void fetch_row(const char* row, int64_t size, const Strides& s, int64_t count, int64_t channels) {
     const bool last = s.channel == 1;
     if (!last && s.space[2] != 1) return;
-    const int64_t runs = last ? 1 : channels, bytes = (last ? (count - 1) * s.space[2] + channels : count) * sizeof(T);
+    const int64_t runs = last ? 1 : channels, bytes = (last ? (count - 1) * s.space[2] + channels : count) * size;
     for (int64_t run = 0; run < runs; ++run) {
-      const char* p = reinterpret_cast<const char*>(row + run * s.channel);
+      const char* p = row + run * s.channel * size;
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, WRITE, 2);
       __builtin_prefetch(p + bytes - 1, WRITE, 2);
     }
   }
 
-  U* z_plane() const { return reinterpret_cast<U*>(scratch + at.z); }
+  // Without a second stage the ring's only plane, which has the same layout.
+  U* z_plane() const { return reinterpret_cast<U*>(g.convolved ? scratch + at.z : scratch); }
 
   int64_t depth_of(int64_t depth, int64_t tap) const {
     return depth * g.stride[0] - g.padding[0] + tap * g.dilation[0];

@@ -76,16 +76,17 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
   const double rows_read = std::min({t.rows_in, t.rows * g.kernel[1], g.in[1]});
   const double cols_read = std::min(t.cols_in, g.in[2]);
   const double in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
-  const double reduce = !g.reduced ? 0 : rows_read * cols_read * g.stride[0] * in_ranks * g.in_channels / voxels / u.channels;
+  const double read = rows_read * cols_read * g.stride[0] / voxels / u.channels;
+  const double reduce = read * ((g.reduced ? in_ranks * g.in_channels : 0) + g.source_macs);
   const double expand = !g.expanded ? 0 : static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out / u.channels;
-  double core;
+  double core = 0;
   if (t.winograd) {
     const int64_t m = t.winograd, blocks = ceil_div(t.rows, m) * ceil_div(t.cols, m), points = (m + 2) * (m + 2);
     const double products = static_cast<double>(points * g.kernel[0]) * g.rank_in * out_ranks;
     // Measured: a transform costs what 14 multiply-adds per voxel and rank do.
     core = blocks * (products / block_efficiency(blocks, g.rank_out, lanes) + 14 * m * m * (in_ranks + out_ranks)) /
            voxels;
-  } else {
+  } else if (g.convolved) {
     const double taps = static_cast<double>(g.kernel[0]) * g.kernel[1] * g.kernel[2];
     core = taps * g.rank_in * out_ranks / block_efficiency(t.cols, g.rank_out, lanes) / u.core;
   }

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
                                                 std::optional<Tensor> in_bias, const Tensor& core,
                                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                 std::vector<int64_t> dilation, std::optional<Tensor> u_out,
-                                                std::optional<Tensor> bias, std::string stats, bool contiguous) {
+                                                std::optional<Tensor> bias, std::string stats, bool contiguous, bool float32_values) {
   const int64_t ndim = core.dim() - 2, count = sources.size();
   STD_TORCH_CHECK(count > 0 && count <= kMostSources && static_cast<int64_t>(scale.size()) == count &&
                       static_cast<int64_t>(shift.size()) == count && static_cast<int64_t>(slope.size()) == count &&
@@ -74,12 +74,38 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
     in[axis] = sources[0].size(2 + axis) * factor_of(0, axis);
   }
   set_geometry(g, kOp, in, kernel, stride, padding, dilation);
+  g.covariance = stats == "covariance";
+  STD_TORCH_CHECK(!g.covariance || !u_out, kOp, ": takes the covariance of the core's output only");
+  auto all_are = [](const std::vector<int64_t>& values, int64_t value) {
+    return std::all_of(values.begin(), values.end(), [&](int64_t v) { return v == value; });
+  };
+  g.convolved = u_out || g.covariance || !all_are(kernel, 1) || !all_are(stride, 1) || !all_are(padding, 0);
 
-  Weights weights{{}, view_of(core), std::nullopt, std::nullopt, std::nullopt};
+  Weights weights{};
+  if (g.convolved) {
+    weights.core = view_of(core);
+  } else {
+    weights.u_out = {core.const_data_ptr(), dtype == ScalarType::Float, {g.rank_out, g.rank_in}, {core.stride(0), core.stride(1)}};
+    g.rank_out = g.rank_in;
+    g.expanded = true;
+  }
   for (int64_t i = 0; i < count; ++i) {
     const Tensor& tensor = sources[i];
     Source& source = pass.sources[i];
-    source = {tensor.const_data_ptr(), strides_of(tensor, ndim), tensor.size(1), {1, 1, 1}, nullptr, nullptr, 1.0f, nullptr, 0};
+    source.x = tensor.const_data_ptr();
+    source.strides = strides_of(tensor, ndim);
+    source.channels = source.width = tensor.size(1);
+    if (expand[i]) {
+      const Tensor& matrix = *expand[i];
+      STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) > 0 && matrix.size(1) == source.width &&
+                          matrix.scalar_type() == dtype && matrix.is_cpu(),
+                      kOp, ": expand must be [C, R] of a source [N, R, *], in the sources' dtype");
+      source.channels = matrix.size(0);
+      g.source_ranks = std::max(g.source_ranks, source.width);
+      g.source_macs += source.width * source.channels;
+      weights.expand.resize(count);
+      weights.expand[i] = view_of(matrix);
+    }
     g.in_channels += source.channels;
     STD_TORCH_CHECK(!reduce[i] || ((reduce[i]->dim() == 2 || reduce[i]->dim() == ndim + 2) && reduce[i]->is_contiguous()), kOp,
                     ": reduce must be contiguous, [R_in, C] or [*s, R_in, C]");
@@ -90,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
       source.factor[3 - ndim + axis] = factor;
       positions *= factor;
     }
-    STD_TORCH_CHECK((source.strides.channel == 1 || source.channels == 1) && !expand[i], kOp,
-                    ": sources must be channels-last and not in rank space");
+    if (positions > 1) g.coarse_channels += ceil_div(source.channels, 16) * 16;
+    STD_TORCH_CHECK(source.strides.channel == 1 || source.width == 1, kOp, ": sources must be channels-last");
     // A single channel is contiguous whatever its stride says.
     source.strides.channel = 1;
     source.scale = pending(scale[i], g.batch, source.channels);
@@ -130,14 +156,18 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
   STD_TORCH_CHECK(g.in_channels > 0 && g.rank_in > 0 && g.rank_out > 0 && g.out_channels > 0, kOp,
                   ": channels and ranks must be at least 1");
 
-  Tensor output = pooled_empty(output_size(g, ndim), dtype, !contiguous);
+  const ScalarType values = float32_values ? ScalarType::Float : dtype;
+  Tensor output = pooled_empty(output_size(g, ndim), values, !contiguous);
   const bool wanted = stats != "none";
   const std::vector<int64_t> size{g.batch, wanted ? g.out_channels : 0};
-  Tensor mean = torch::stable::empty(size, ScalarType::Float), m2 = torch::stable::empty(size, ScalarType::Float);
+  const std::vector<int64_t> products{g.batch, g.out_channels, g.out_channels};
+  Tensor mean = torch::stable::empty(size, ScalarType::Float);
+  Tensor m2 = torch::stable::empty(g.covariance ? products : size, ScalarType::Float);
   if (output.numel() == 0) return {output, mean, m2};
 
   pass.source_count = count;
   pass.y = output.mutable_data_ptr();
+  pass.y_is_float = values == ScalarType::Float;
   pass.y_strides = strides_of(output, ndim);
   std::optional<Statistics> statistics;
   if (wanted)

@@ -68,9 +68,12 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   advise_huge_pages(output.mutable_data_ptr(), output.numel() * (dtype == ScalarType::Float ? 4 : 2));
 
   Source& source = pass.sources[0];
-  source = {input.const_data_ptr(), x_strides, g.in_channels, {1, 1, 1}, nullptr, nullptr, 1.0f, nullptr, 0};
+  source.x = input.const_data_ptr();
+  source.strides = x_strides;
+  source.channels = source.width = g.in_channels;
   pass.source_count = 1;
   pass.y = output.mutable_data_ptr();
+  pass.y_is_float = dtype == ScalarType::Float;
   pass.y_strides = strides_of(output, ndim);
   Weights weights{{view_of(u_in)}, view_of(core), view_of(u_out), std::nullopt, std::nullopt};
   if (bias) weights.bias = view_of(*bias);

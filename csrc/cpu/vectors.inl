@@ -57,6 +57,17 @@ TUCKER_INLINE Vec load(const bfloat16* p) {
   return reinterpret_cast<Vec>(__builtin_convertvector(halves, Bits) << 16);
 }
 
+TUCKER_INLINE Vec load(const Pair* p) { return load(reinterpret_cast<const bfloat16*>(p)); }
+
+// The first `count` values and zeros, or all lanes if there are as many.
+template <class T>
+TUCKER_INLINE Vec load_lanes(const T* p, int64_t count) {
+  if (count >= LANES) return load(p);
+  float lanes[LANES] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
 TUCKER_INLINE void store(float* p, Vec value) { *reinterpret_cast<UnalignedVec*>(p) = value; }
 // Rounds to nearest, ties to even; a NaN stays one.
 TUCKER_INLINE void store(bfloat16* p, Vec value) {

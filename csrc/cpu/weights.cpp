@@ -190,10 +190,11 @@ std::optional<PackedWeights> pack_all(const Weights& weights, const Units& u, in
     return floats;
   };
   for (const WeightView& matrix : weights.reduce) packed.reduce.push_back(keep(pack_reduce(matrix, u)));
-  packed.core = keep(pack_core(weights.core, u, winograd));
+  for (const auto& matrix : weights.expand) packed.expand.push_back(matrix ? keep(pack(*matrix, {}, u)) : Floats());
+  if (weights.core) packed.core = keep(pack_core(*weights.core, u, winograd));
   if (weights.u_out) packed.u_out = keep(pack(*weights.u_out, {}, u));
   if (weights.in_bias) packed.in_bias = keep(pack_vector(*weights.in_bias, u));
-  const int64_t out_channels = weights.u_out ? weights.u_out->sizes[0] : weights.core.sizes[0];
+  const int64_t out_channels = weights.u_out ? weights.u_out->sizes[0] : weights.core->sizes[0];
   const std::vector<float> zeros(weights.bias ? 0 : out_channels);
   packed.bias = keep(pack_vector(weights.bias ? *weights.bias : WeightView{zeros.data(), true, {out_channels}, {1}}, u));
   if (!complete) return std::nullopt;
@@ -215,17 +216,20 @@ bool is_dense(const WeightView& weight) {
 }
 
 std::vector<const WeightView*> views(const Weights& weights) {
-  std::vector<const WeightView*> all{&weights.core};
+  std::vector<const WeightView*> all;
   for (const WeightView& matrix : weights.reduce) all.push_back(&matrix);
-  for (const auto* optional : {&weights.u_out, &weights.in_bias, &weights.bias})
+  for (const auto* optional : {&weights.core, &weights.u_out, &weights.in_bias, &weights.bias})
     if (*optional) all.push_back(&**optional);
+  for (const auto& matrix : weights.expand)
+    if (matrix) all.push_back(&*matrix);
   return all;
 }
 
 // What a packed form depends on besides the values.
 std::vector<int64_t> form_of(const Weights& weights, const Units& u, int64_t winograd) {
   std::vector<int64_t> form{u.lanes, u.channels, winograd, static_cast<int64_t>(weights.reduce.size()),
-                            weights.u_out.has_value(), weights.in_bias.has_value(), weights.bias.has_value()};
+                            weights.core.has_value(), weights.u_out.has_value(), weights.in_bias.has_value(), weights.bias.has_value()};
+  for (const auto& matrix : weights.expand) form.push_back(matrix.has_value());
   for (const WeightView* view : views(weights)) {
     form.push_back(view->is_float);
     form.push_back(view->sizes.size());
@@ -321,15 +325,20 @@ Cache& cache() {
 
 // An upper bound, pairs not counted.
 int64_t packed_bytes(const Weights& weights, int64_t lanes, int64_t winograd) {
-  int64_t core_reduction = 1;
-  for (size_t axis = 1; axis < weights.core.sizes.size(); ++axis) core_reduction *= weights.core.sizes[axis];
-  if (winograd) core_reduction = core_reduction / 9 * (winograd + 2) * (winograd + 2);
-  int64_t floats = packed_floats(weights.core.sizes[0], core_reduction + 1, lanes);
+  int64_t floats = 0;
+  if (weights.core) {
+    int64_t reduction = 1;
+    for (size_t axis = 1; axis < weights.core->sizes.size(); ++axis) reduction *= weights.core->sizes[axis];
+    if (winograd) reduction = reduction / 9 * (winograd + 2) * (winograd + 2);
+    floats += packed_floats(weights.core->sizes[0], reduction + 1, lanes);
+  }
   for (const WeightView& matrix : weights.reduce) {
     const size_t rows = matrix.sizes.size() - 2;
     floats += (rows ? matrix.sizes[0] : 1) * packed_floats(matrix.sizes[rows], matrix.sizes[rows + 1] + 1, lanes);
   }
   if (weights.u_out) floats += packed_floats(weights.u_out->sizes[0], weights.u_out->sizes[1] + 1, lanes);
+  for (const auto& matrix : weights.expand)
+    if (matrix) floats += packed_floats(matrix->sizes[0], matrix->sizes[1], lanes);
   return 4 * floats;
 }
 

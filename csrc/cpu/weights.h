@@ -28,13 +28,13 @@ struct WeightView {
 
 struct Weights {
   std::vector<WeightView> reduce;                // per source [R_in, C] or [positions, R_in, C]; none: no first stage
-  WeightView core;
-  std::optional<WeightView> u_out, in_bias, bias;
+  std::optional<WeightView> core, u_out, in_bias, bias;
+  std::vector<std::optional<WeightView>> expand = {};  // per source [C, R] of one in rank space; may be shorter
 };
 
 struct PackedWeights {
-  std::vector<Floats> reduce;
-  Floats core, u_out, in_bias, bias;  // u_out and in_bias are null where there is none
+  std::vector<Floats> reduce, expand;  // expand is null for a source that holds channels
+  Floats core, u_out, in_bias, bias;  // core, u_out and in_bias are null where there is none
 };
 
 // Floats between the packed matrices of one source.

@@ -17,8 +17,9 @@ from tucker_ops import CompressionConfig, fuse
 from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
 from tucker_ops.errors import ConfigError, ConversionError
-from tucker_ops.fused import executor, explain
+from tucker_ops.fused import arithmetic, executor, explain
 
+block_op = torch.ops.tucker_ops.tucker_block
 CONFIG = CompressionConfig(factor=0.5, min_rank=4, align=4)
 
 
@@ -178,6 +179,54 @@ def test_every_layer_of_a_plain_unet_is_folded(compressed):
     ]
     assert kinds.count("LeakyReLU") == kinds.count("Instance") == 10
     assert kinds.count("Conv") + kinds.count("ConvTranspose") == 13
+
+
+def test_the_largest_tensors_are_kept_in_rank_space():
+    """The first stage's, whose maps are largest: its first layer is dense, the rest keeps 4 of 6 channels."""
+    network, _ = made("plain", True)
+    kept = {layer.name for layer in explain(network).layers if "rank space, 4 of 6 channels" in layer.reason}
+    assert kept == {
+        "encoder.stages.0.0.convs.1.conv",
+        "decoder.stages.1.convs.0.conv",
+        "decoder.stages.1.convs.1.conv",
+    }
+    assert not any("rank space" in layer.reason for layer in explain(made("plain", False)[0]).layers)
+
+
+def test_a_reader_that_is_left_as_it_was_gets_all_channels():
+    network, x = made("plain", True)
+    expected, seen = in_float64(network, x)[0], []
+    reader = network.decoder.stages[1].convs[1].conv
+    reader.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    fused = fuse(network)
+    assert "4 of 6 channels" in str(explain(network)) and "has forward hooks" in str(explain(network))
+    with torch.no_grad():
+        assert relative_rms(fused(x), expected) <= 2e-5
+    assert seen == [6]
+
+
+@pytest.mark.parametrize("ratio", [0, 30, 1000])
+def test_norms_in_rank_space_survive_a_large_mean(ratio):
+    """Channels whose mean is `ratio` standard deviations, and one that the expansion makes of two that cancel."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randn(2, 3, 9, 21, 30, generator=generator, dtype=torch.float64) + ratio
+    u_out = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [1, -1, 0.02], [0.3, 2, -0.7]], dtype=torch.float64)
+    core = torch.eye(3, dtype=torch.float64).reshape(3, 3, 1, 1, 1)
+    ones, affine = [1] * 3, (torch.rand(4) + 0.5, torch.randn(4))
+    norm = nn.InstanceNorm3d(4, affine=True).double()
+    norm.weight.data, norm.bias.data = (t.double() for t in affine)
+    expected = norm(arithmetic.expanded(values, u_out))
+
+    pointwise = (ones, [0] * 3, ones)
+    single, single_u, single_core = values.float(), u_out.float(), core.float()
+    z, mean, m2 = block_op(
+        [single], [None], [None], [None], [1.0], [None], None, single_core, *pointwise, None, None, "covariance", False
+    )  # fmt: skip
+    scale, shift = arithmetic.rank_norm_affine(z, mean, m2, single_u, *affine, 1e-5)
+    read = [z], [single_u], [scale], [shift], [1.0], [None], None
+    actual, _, _ = block_op(*read, torch.eye(4).reshape(4, 4, 1, 1, 1), *pointwise, None, None, "none", False)
+    plain = norm.float()(arithmetic.expanded(single, single_u))
+    assert relative_rms(actual, expected) <= max(1e-6, 4 * relative_rms(plain, expected))
 
 
 def test_residual_additions_are_folded():

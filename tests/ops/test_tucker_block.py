@@ -40,12 +40,14 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     batch = rng.choice([1, 1, 2, 0])
     rank_in, rank_out, out = (rng.choice([1, 3, 8, 9, 16, 17, 24, 40]) for _ in range(3))
     reduced = rng.random() < 0.8
-    sources, scale, shift, slope, reduce = [], [], [], [], []
+    sources, expand, scale, shift, slope, reduce = [], [], [], [], [], []
     for _ in range(rng.choice([1, 1, 2, 3]) if reduced else 1):
         channels = rng.choice([1, 3, 8, 13, 16, 33, 40]) if reduced else rank_in
         coarse = reduced and rng.random() < 0.6
         extents = [n // f for n, f in zip(size, factors, strict=True)] if coarse else size
-        x = normal(batch, channels, *extents).to(dtype)
+        ranks = rng.choice([None, None, 1, 3, 8, 17])
+        expand.append(None if ranks is None else normal(channels, ranks).to(dtype))
+        x = normal(batch, ranks or channels, *extents).to(dtype)
         sources.append(
             x
             if rng.random() < 0.3
@@ -60,7 +62,7 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     u_out = normal(out, rank_out).to(dtype) if rng.random() < 0.7 else None
     return {
         "sources": sources,
-        "expand": [None] * len(sources),
+        "expand": expand,
         "scale": scale,
         "shift": shift,
         "slope": slope,
@@ -72,7 +74,7 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
         "dilation": list(dilation),
         "u_out": u_out,
         "bias": normal(rank_out if u_out is None else out).to(dtype) if rng.random() < 0.5 else None,
-        "stats": rng.choice(["none", "channel"]),
+        "stats": rng.choice(["none", "channel", "channel" if u_out is not None else "covariance"]),
     }
 
 
@@ -90,11 +92,23 @@ def in_float64(call: dict) -> dict:
 def close_statistics(actual, expected, count: int, dtype: torch.dtype) -> bool:
     """Mean and M2 as a norm needs them: errors relative to the standard deviation and to the variance.
 
-    In bfloat16 intermediates are rounded, so that values are off by a share of their own size.
+    Values are off by a share of their own size, which averages out over `count` voxels; in bfloat16 intermediates are
+    rounded, all voxels' alike.
     """
     (mean, m2), (true_mean, true_m2) = actual, expected
+    share = max(1e-3, count**-0.5) if dtype == torch.float32 else 1
+    if m2.dim() == 3:
+        if not torch.equal(m2, m2.mT):
+            return False
+        # Errors of a sum of products relative to what its two channels could make it at most.
+        products, true_products = m2, true_m2
+        m2, true_m2 = m2.diagonal(dim1=1, dim2=2), true_m2.diagonal(dim1=1, dim2=2)
+        most = (true_m2.unsqueeze(1) * true_m2.unsqueeze(2)).sqrt()
+        most = most + share * most.amax((1, 2), keepdim=True) if most.numel() else most
+        if ((products - true_products).abs() > 4 * tolerance(dtype, 1000) * most).any():
+            return False
     size = (true_mean.square() + true_m2 / count).mean().sqrt()
-    sigma = (true_m2 / count).sqrt() + (1e-3 if dtype == torch.float32 else 1) * size
+    sigma = (true_m2 / count).sqrt() + share * size
     limit = 4 * tolerance(dtype, 1000)
     return bool(
         ((mean - true_mean).abs() <= limit * sigma).all()
@@ -102,10 +116,12 @@ def close_statistics(actual, expected, count: int, dtype: torch.dtype) -> bool:
     )
 
 
-def check(call: dict, dtype: torch.dtype, contiguous: bool = False, backend: str | None = "cpu") -> None:
-    values, mean, m2 = block_op(*call.values(), contiguous, backend=backend)
+def check(
+    call: dict, dtype: torch.dtype, contiguous: bool = False, wide: bool = False, backend: str | None = "cpu"
+) -> None:
+    values, mean, m2 = block_op(*call.values(), contiguous, wide, backend=backend)
     expected, true_mean, true_m2 = block(**in_float64(call))
-    assert values.dtype == dtype and values.shape == expected.shape
+    assert values.dtype == (torch.float32 if wide else dtype) and values.shape == expected.shape
     layout = torch.contiguous_format
     if not contiguous:
         layout = (torch.channels_last, torch.channels_last_3d)[values.dim() - 4]
@@ -120,7 +136,7 @@ def check(call: dict, dtype: torch.dtype, contiguous: bool = False, backend: str
 def test_cpu_blocks_match_float64(isa, dtype, poisoned):
     for seed in range(160):
         try:
-            check(random_call(seed, dtype), dtype, contiguous=seed % 3 == 0)
+            check(random_call(seed, dtype), dtype, contiguous=seed % 3 == 0, wide=seed % 4 == 0)
         except AssertionError as error:
             raise AssertionError(f"{isa} on seed {seed}: {error}") from error
 
@@ -139,8 +155,9 @@ def test_reference_backend_runs_blocks():
         check(random_call(seed, torch.float32), torch.float32, backend="reference")
 
 
+@pytest.mark.parametrize("stats", ["channel", "covariance"])
 @pytest.mark.parametrize("ratio", [1, 30, 1000])
-def test_statistics_survive_a_large_mean(isa, core, ratio):
+def test_statistics_survive_a_large_mean(isa, core, ratio, stats):
     """A channel of mean `ratio` standard deviations, one that is constant, and one of zeros."""
     noise = torch.randn(2, 3, 12, 40, 37, generator=torch.Generator().manual_seed(1))
     x = noise * torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1, 1) + torch.tensor([ratio, ratio, 0.0]).view(
@@ -163,9 +180,16 @@ def test_statistics_survive_a_large_mean(isa, core, ratio):
         [1] * 3,
         None,
         None,
-        "channel",
+        stats,
     ]
     values, mean, m2 = block_op(*call, False, backend="cpu")
+    if stats == "covariance":
+        deviations = values.double().flatten(2)
+        deviations -= deviations.mean(2, keepdim=True)
+        products, sigma = deviations @ deviations.mT, deviations.square().sum(2).sqrt()
+        limit = 1e-4 * sigma.unsqueeze(1) * sigma.unsqueeze(2) + 1e-12 * ratio**2 * deviations.shape[2]
+        assert ((m2 - products).abs() <= limit).all()
+        m2 = m2.diagonal(dim1=1, dim2=2)
     flat = values.double().flatten(2)
     assert ((mean - flat.mean(2)).abs() <= 1e-4 * flat.std(2) + 1e-6 * ratio).all()
     variance, expected = m2 / flat.shape[2], flat.var(2, correction=0)

@@ -117,8 +117,8 @@ def _supports_block(problem: BlockProblem) -> Verdict:
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
         )
-    if problem.expanded:
-        return Verdict(False, "reads no source in rank space yet")
+    if problem.stats == "covariance" and problem.u_out:
+        return Verdict(False, "takes the covariance of the core's output only: leave u_out to the reader")
     if len(problem.channels) > MOST_SOURCES:
         return Verdict(False, f"reads at most {MOST_SOURCES} sources, not {len(problem.channels)}")
     return _ring_fits(problem) and _environment_is_known()

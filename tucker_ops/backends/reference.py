@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tucker_ops.backends.base import Backend, Verdict
@@ -15,8 +16,8 @@ def _run(input: Tensor, *args) -> Tensor:
 
 
 def _run_block(*args) -> tuple[Tensor, Tensor, Tensor]:
-    *call, contiguous = args
-    values, mean, m2 = block(*call)
+    *call, contiguous, float32_values = args
+    values, mean, m2 = block(*call, values_dtype=torch.float32 if float32_values else None)
     return values.contiguous(memory_format=block_memory_format(values.dim() - 2, contiguous)), mean, m2
 
 

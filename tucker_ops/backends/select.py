@@ -16,7 +16,7 @@ from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
 from tucker_ops.backends.reference import REFERENCE
 from tucker_ops.errors import BackendError
-from tucker_ops.ops.block import block_memory_format, block_problem_of
+from tucker_ops.ops.block import block_memory_format, block_problem_of, split_call
 from tucker_ops.ops.check import problem_of
 from tucker_ops.ops.merge import check_merge
 from tucker_ops.ops.reference import merge
@@ -175,46 +175,11 @@ def _tucker_conv(
 LIBRARY.impl("tucker_conv", _tucker_conv, "CompositeExplicitAutograd")
 
 
-def _tucker_block(
-    sources,
-    expand,
-    scale,
-    shift,
-    slope,
-    reduce,
-    in_bias,
-    core,
-    stride,
-    padding,
-    dilation,
-    u_out,
-    bias,
-    stats,
-    contiguous,
-    *,
-    backend=None,
-):
-    problem = block_problem_of(
-        sources,
-        expand,
-        scale,
-        shift,
-        slope,
-        reduce,
-        in_bias,
-        core,
-        stride,
-        padding,
-        dilation,
-        u_out,
-        bias,
-        stats,
-    )
+def _tucker_block(*args, backend=None):
+    call, options = split_call(args)
+    problem = block_problem_of(*call)
     geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
-    run = choose_block(problem, backend).run_block
-    return run(
-        sources, expand, scale, shift, slope, reduce, in_bias, core, *geometry, u_out, bias, stats, contiguous
-    )
+    return choose_block(problem, backend).run_block(*call[:8], *geometry, *call[11:], *options)
 
 
 LIBRARY.impl("tucker_block", _tucker_block, "CompositeExplicitAutograd")

@@ -33,6 +33,26 @@ def instance_norm_affine(
     return scale, shift if bias is None else shift + bias.to(shift.dtype)
 
 
+def rank_norm_affine(
+    values: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    u_out: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """scale and shift [N, C] that InstanceNorm applies to u_out · `values`, from statistics of the values.
+
+    values [N, R, *], mean [N, R], m2 [N, R, R], u_out [C, R]: the expansion is linear, so its mean is u_out · mean and
+    its M2 the diagonal of u_out · m2 · u_outᵀ, computed in float64 because directions may cancel.
+    """
+    u = u_out.double()
+    expanded = mean.double() @ u.mT
+    deviations = ((u @ m2.double()) * u).sum(2)
+    return instance_norm_affine(values, expanded.to(mean.dtype), deviations.to(m2.dtype), weight, bias, eps)
+
+
 def batch_norm_affine(
     values: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -46,6 +66,12 @@ def batch_norm_affine(
         shift = shift + bias.to(dtype)
     size = (values.shape[0], scale.shape[0])
     return scale.expand(size).contiguous(), shift.expand(size).contiguous()
+
+
+def expanded(values: Tensor, u_out: Tensor) -> Tensor:
+    """u_out [C, R] times values [N, R, *] of a block in rank space."""
+    conv = F.conv2d if values.dim() == 4 else F.conv3d
+    return conv(values, u_out.reshape(*u_out.shape, *(1,) * (values.dim() - 2)))
 
 
 def in_dtype_of(values: Tensor, other: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ sum once it is computed; for any other reader the value becomes a tensor first.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,11 @@ from tucker_ops.nn import _TuckerConv, spec_of
 
 _BLOCK = torch.ops.tucker_ops.tucker_block.default
 _MERGE = torch.ops.tucker_ops.tucker_merge.default
+# Rank space saves memory and costs an expansion for every reader, 10 to 25 % of a block's time where the tensor is in
+# the cache anyway. So only tensors of at least this share of the network's largest are kept in it, …
+LEAST_SIZE_SHARE = 0.5
+# … and only where ranks are at most this share of the channels.
+LARGEST_RANK_SHARE = 0.75
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -41,7 +47,8 @@ class Layer:
 class Pending:
     """values, a norm (scale and shift, or none) and a LeakyReLU (slope, 1 for none) that its reader applies.
 
-    ``from_block``: values are a block's, in the dtype in which blocks compute.
+    ``expand``: u_out, by which values in rank space are multiplied before that. ``from_block``: values are a block's,
+    in the dtype in which blocks compute, or in that of the input where they are the network's result (``is_result``).
     """
 
     values: fx.Node
@@ -50,11 +57,17 @@ class Pending:
     slope: float = 1.0
     mean: fx.Node | None = None
     m2: fx.Node | None = None
+    expand: fx.Node | None = None
     from_block: bool = False
+    is_result: bool = False
+
+    @property
+    def is_normed(self) -> bool:
+        return self.scale is not None or self.slope != 1.0
 
     @property
     def is_raw(self) -> bool:
-        return self.scale is None and self.slope == 1.0
+        return self.expand is None and not self.is_normed
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,10 @@ class Rewriter:
     layers: list[Layer] = field(default_factory=list)
     tensors: dict[Value, fx.Node] = field(default_factory=dict)
     merges: dict[Value, Pending] = field(default_factory=dict)
+    sizes: dict[fx.Node, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.sizes = _sizes(self.model, self.old)
 
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
@@ -178,7 +195,7 @@ class Rewriter:
         if isinstance(value, Concatenated):
             return self.call(torch.cat, tuple(self.materialise(part) for part in value.parts), 1)
         result = self.merged(value)
-        if result.from_block and self.dtype is not None:
+        if result.from_block and self.dtype is not None and not result.is_result:
             return self.call(arithmetic.in_dtype_of, result.values, self.input)
         return result.values
 
@@ -189,7 +206,7 @@ class Rewriter:
         if value not in self.merges:
             parts = value.parts if isinstance(value, Summed) else (replace(value, slope=1.0),)
             from_block = all(part.from_block for part in parts)
-            values = [part.values if not from_block else self.block_values(part) for part in parts]
+            values = [self.channels_of(part, from_block) for part in parts]
             slopes = [float(part.slope) for part in parts]
             scale, shift = [part.scale for part in parts], [part.shift for part in parts]
             node = self.call(_MERGE, values, scale, shift, slopes, float(value.slope))
@@ -219,6 +236,10 @@ class Rewriter:
             return value.values
         return self.call(torch.Tensor.to, value.values, self.dtype)
 
+    def channels_of(self, value: Pending, in_block_dtype: bool) -> fx.Node:
+        values = self.block_values(value) if in_block_dtype else value.values
+        return values if value.expand is None else self.call(arithmetic.expanded, values, value.expand)
+
     def left(self, node: fx.Node, module: nn.Module, reason: str) -> None:
         self.layers.append(Layer(node.target, type(module).__name__, False, reason))
 
@@ -245,6 +266,7 @@ class Rewriter:
         # A bias cancels in a norm of the convolution's own output.
         only_normed = normed and len(node.users) == 1
         bias = None if only_normed else self.weight(node.target, "bias")
+        in_rank_space = tucker and only_normed and self._pays_in_rank_space(node, module)
 
         if isinstance(value, Concatenated) and len(value.parts) > MOST_SOURCES:
             value = Pending(self.materialise(value))
@@ -253,7 +275,7 @@ class Rewriter:
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
         if u_in is None and (len(parts) > 1 or isinstance(parts[0], Upsampled)):
             u_in = self.product(arithmetic.identity, core)
-        sources, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], None, 0
+        sources, expand, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], [], None, 0
         for part, width in zip(parts, widths, strict=True):
             end, matrix = begin + width, u_in
             pending = part.below if isinstance(part, Upsampled) else part
@@ -266,17 +288,20 @@ class Rewriter:
             elif len(parts) > 1:
                 matrix = self.product(arithmetic.columns, u_in, begin, end)
             sources.append(self.block_values(pending))
+            expand.append(pending.expand)
             scale.append(pending.scale)
             shift.append(pending.shift)
             slope.append(float(pending.slope))
             reduce.append(matrix)
             begin = end
-        stats = "channel" if normed else "none"
+        stats = "covariance" if in_rank_space else "channel" if normed else "none"
         returned = all(user.op == "output" for user in node.users)
+        # Of a result in bfloat16 the input's dtype would be made at once.
+        as_input = returned and self.dtype == torch.bfloat16
         result = self.call(
             _BLOCK,
             sources,
-            [None] * len(sources),
+            expand,
             scale,
             shift,
             slope,
@@ -286,21 +311,43 @@ class Rewriter:
             list(spec.stride),
             list(spec.padding),
             list(spec.dilation),
-            u_out,
+            None if in_rank_space else u_out,
             bias,
             stats,
             returned,
+            as_input,
         )
         folded = [f"{len(parts)} sources"] if len(parts) > 1 else []
         if any(isinstance(part, Upsampled) for part in parts):
             folded.append("upsampling and cat")
         if any(not (p.below if isinstance(p, Upsampled) else p).is_raw for p in parts):
             folded.append("norm and activation before it")
+        if in_rank_space:
+            folded.append(f"output kept in rank space, {module.ranks[1]} of {spec.out_channels} channels")
         if normed:
             folded.append("statistics for the norm after it")
         self.fused(node, module, ", ".join(folded) or "one pass")
         values, mean, m2 = (self.call(operator.getitem, result, i) for i in range(3))
-        return Pending(values, mean=mean if normed else None, m2=m2 if normed else None, from_block=True)
+        if not normed:
+            return Pending(values, from_block=True, is_result=as_input)
+        return Pending(values, mean=mean, m2=m2, expand=u_out if in_rank_space else None, from_block=True)
+
+    def _pays_in_rank_space(self, node: fx.Node, module: nn.Module) -> bool:
+        """Does it save memory at the peak, and is every reader behind the norm a convolution that can expand it?"""
+        if module.ranks[1] > LARGEST_RANK_SHARE * module.out_channels:
+            return False
+        if self.sizes[node] < LEAST_SIZE_SHARE * max(self.sizes.values()):
+            return False
+        return all(self._is_wide_convolution(user) for user in self._readers_behind_norm(node))
+
+    def _readers_behind_norm(self, node: fx.Node) -> list[fx.Node]:
+        readers: list[fx.Node] = []
+        for user in _readers_behind_cat(node):
+            if user.op == "call_module" and isinstance(self.model.get_submodule(user.target), _POINTWISE):
+                readers += self._readers_behind_norm(user)
+            else:
+                readers.append(user)
+        return readers
 
     def transposed_weight(self, part: Upsampled) -> fx.Node:
         if isinstance(part.module, _TuckerConv):
@@ -389,12 +436,16 @@ class Rewriter:
     def instance_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         if module.track_running_stats:
             return self.left(node, module, "normalises by running statistics")
-        if not isinstance(value, Pending) or value.mean is None or not value.is_raw:
+        if not isinstance(value, Pending) or value.mean is None or value.is_normed:
             return self.left(node, module, "does not follow a convolution directly")
         weight, bias = self.attribute(node.target, "weight"), self.attribute(node.target, "bias")
-        affine = self.call(
-            arithmetic.instance_norm_affine, value.values, value.mean, value.m2, weight, bias, module.eps
-        )
+        statistics = (value.values, value.mean, value.m2)
+        if value.expand is None:
+            affine = self.call(arithmetic.instance_norm_affine, *statistics, weight, bias, module.eps)
+        else:
+            affine = self.call(
+                arithmetic.rank_norm_affine, *statistics, value.expand, weight, bias, module.eps
+            )
         return self._normed(node, module, value, affine)
 
     def batch_norm(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
@@ -411,7 +462,7 @@ class Rewriter:
     def _normed(self, node: fx.Node, module: nn.Module, value: Pending, affine: fx.Node) -> Pending:
         self.fused(node, module, "applied where its output is read")
         scale, shift = self.call(operator.getitem, affine, 0), self.call(operator.getitem, affine, 1)
-        return Pending(value.values, scale, shift, from_block=value.from_block)
+        return Pending(value.values, scale, shift, expand=value.expand, from_block=value.from_block)
 
     def leaky_relu(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:
         folds = isinstance(value, Summed) or (isinstance(value, Pending) and value.from_block)
@@ -427,6 +478,7 @@ class Rewriter:
 
 
 _PASSED_ON = (nn.Identity, _DropoutNd)
+_POINTWISE = (*_PASSED_ON, _InstanceNorm, nn.LeakyReLU)
 _MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
     ((nn.ConvTranspose2d, nn.ConvTranspose3d), Rewriter.transposed_convolution),
     (
@@ -442,6 +494,20 @@ _MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
     (nn.LeakyReLU, Rewriter.leaky_relu),
     (_PASSED_ON, Rewriter.passed_on),
 )
+
+
+def _sizes(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, float]:
+    """Values of every convolution's output per voxel of the network's input, strides as they would divide it."""
+    density: dict[fx.Node, float] = {}
+    sizes: dict[fx.Node, float] = {}
+    for node in graph.nodes:
+        density[node] = max((density[read] for read in node.all_input_nodes), default=1.0)
+        module = model.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, (nn.modules.conv._ConvNd, _TuckerConv)):
+            steps = math.prod(module.stride)
+            density[node] *= steps if module.transposed else 1 / steps
+            sizes[node] = density[node] * module.out_channels
+    return sizes
 
 
 def _computes_statistics(module: nn.Module) -> bool:

@@ -8,10 +8,15 @@ Inference only: it has no derivative and says so. `tucker_ops.ops.reference.bloc
     reduce[i]    [R_in, C_i], for a source at 1/s of the extents [*s, R_in, C_i]; None: a single source as it is
     in_bias      [R_in], added inside the volume only;  core [R_out, R_in, *kernel];  u_out [C_out, R_out] or None
     t = Σ_i reduce_i · LeakyReLU(scale_i · expand_i · source_i + shift_i) + in_bias, zero-padded
-    values = u_out · (core ∗ t) + bias;  mean and m2 [N, C_out] of the values before they are rounded, with
-    stats = "channel", else [N, 0]
+    values = u_out · (core ∗ t) + bias
+    stats = "none": mean and m2 are [N, 0]. "channel": mean and m2, the sum of squared deviations, [N, C_out].
+    "covariance": m2 [N, C_out, C_out], the sums of products of deviations of two channels
 
-Values are channels-last unless `contiguous` is asked for.
+Statistics are those of fp32 accumulators; kernels that multiply bf16 may take them after the core's output is rounded.
+A block in rank space returns the core's output without u_out and its covariance, from which follows the norm of what
+u_out would make of it; its reader takes u_out as `expand`.
+
+Values are channels-last unless `contiguous` is asked for, and of the sources' dtype unless `float32_values` are.
 """
 
 from __future__ import annotations
@@ -24,12 +29,12 @@ from tucker_ops.ops.check import DTYPES, check_tensors, ntuple
 from tucker_ops.ops.schema import LIBRARY
 from tucker_ops.types import BlockProblem
 
-STATS = ("none", "channel")
+STATS = ("none", "channel", "covariance")
 
 _SOURCES = (
     "Tensor[] sources, Tensor?[] expand, Tensor?[] scale, Tensor?[] shift, float[] slope, Tensor?[] reduce"
 )
-_REST = "Tensor? u_out, Tensor? bias, str stats, bool contiguous"
+_REST = "Tensor? u_out, Tensor? bias, str stats, bool contiguous=False, bool float32_values=False"
 _RETURNS = "(Tensor values, Tensor mean, Tensor m2)"
 
 LIBRARY.define(
@@ -182,49 +187,26 @@ def block_memory_format(ndim: int, contiguous: bool) -> torch.memory_format:
     return torch.channels_last if ndim == 2 else torch.channels_last_3d
 
 
-def _empty_outputs(
-    sources,
-    expand,
-    scale,
-    shift,
-    slope,
-    reduce,
-    in_bias,
-    core,
-    stride,
-    padding,
-    dilation,
-    u_out,
-    bias,
-    stats,
-    contiguous,
-):
-    problem = block_problem_of(
-        sources,
-        expand,
-        scale,
-        shift,
-        slope,
-        reduce,
-        in_bias,
-        core,
-        stride,
-        padding,
-        dilation,
-        u_out,
-        bias,
-        stats,
-    )
-    like = sources[0]
+def split_call(args: tuple) -> tuple[tuple, tuple[bool, bool]]:
+    """Arguments of the op as those of `block_problem_of` and (contiguous, float32_values), left out where they are False."""
+    call, options = args[:14], args[14:]
+    return call, (*options, False, False)[:2]
+
+
+def _empty_outputs(*args):
+    call, (contiguous, float32_values) = split_call(args)
+    problem = block_problem_of(*call)
+    like = call[0][0]
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     values = torch.empty(
         (problem.batch, problem.out_channels, *problem.output_size),
-        dtype=like.dtype,
+        dtype=torch.float32 if float32_values else like.dtype,
         device=like.device,
         memory_format=block_memory_format(problem.ndim, contiguous),
     )
-    size = (problem.batch, problem.out_channels if stats == "channel" else 0)
-    return values, values.new_empty(size, dtype=wide), values.new_empty(size, dtype=wide)
+    size = (problem.batch, 0 if problem.stats == "none" else problem.out_channels)
+    m2_size = (*size, problem.out_channels) if problem.stats == "covariance" else size
+    return values, values.new_empty(size, dtype=wide), values.new_empty(m2_size, dtype=wide)
 
 
 @torch.library.register_fake("tucker_ops::tucker_block", lib=LIBRARY)

@@ -48,10 +48,12 @@ def block(
     u_out: Tensor | None,
     bias: Tensor | None,
     stats: str,
+    values_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `tucker_block` means, one torch operation after the other; see `tucker_ops.fused.block`.
 
-    Computes in float64 if the sources are, else in float32; values are rounded to the sources' dtype at the end.
+    Computes in float64 if the sources are, else in float32; values are rounded to `values_dtype`, by default that of the
+    sources, at the end.
     """
     dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
     ndim = core.dim() - 2
@@ -85,7 +87,7 @@ def block(
     if bias is not None:
         values = values + bias.to(dtype).reshape(-1, *ones)
     mean, m2 = _statistics(values, stats)
-    return values.to(sources[0].dtype), mean, m2
+    return values.to(values_dtype or sources[0].dtype), mean, m2
 
 
 def merge(
@@ -123,14 +125,18 @@ def _upsample(x: Tensor, matrices: Tensor) -> Tensor:
 
 
 def _statistics(values: Tensor, stats: str) -> tuple[Tensor, Tensor]:
-    """Mean [N, C] and M2 [N, C], the sum of squared deviations; empty [N, 0] without stats."""
+    """Mean [N, C] and M2 [N, C], the sum of squared deviations, or of products [N, C, C] for a covariance; empty
+    [N, 0] without stats.
+    """
     wide = values if values.dtype == torch.float64 else values.float()
     if stats == "none":
         empty = wide.new_empty(values.shape[0], 0)
         return empty, empty.clone()
     flat = wide.flatten(2).double()
     mean = flat.mean(2)
-    return mean.to(wide.dtype), (flat - mean.unsqueeze(2)).square().sum(2).to(wide.dtype)
+    deviations = flat - mean.unsqueeze(2)
+    m2 = deviations @ deviations.mT if stats == "covariance" else deviations.square().sum(2)
+    return mean.to(wide.dtype), m2.to(wide.dtype)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
