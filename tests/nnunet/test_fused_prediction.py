@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
@@ -81,18 +82,17 @@ def test_ct_logits(tmp_path, shared_dir):
         check_logits(tmp_path / name, patch)
 
 
-@pytest.mark.slow
-def test_segmentations_of_all_example_cases(hippocampus, tmp_path, monkeypatch):
-    """Of stock sums and unfused network, against fused in fp32 and in bf16."""
-    images = EXAMPLE / "images"
+def check_segmentations(model, images, tmp_path, cases=None) -> int:
+    """Of the network fused in fp32 and in bf16 against the one not fused; returns the number of cases."""
     summaries = {
-        name: predict_folder(hippocampus, images, tmp_path / name, mirroring=False, precision=name)
+        name: predict_folder(model, images, tmp_path / name, mirroring=False, precision=name, cases=cases)
         for name in ("fp32", "bf16")
     }
     assert "fused; blocks run on cpu; fp32" in summaries["fp32"].inference
     assert "bf16, as asked for" in summaries["bf16"].inference
-    monkeypatch.setenv("TUCKER_FUSE", "0")
-    plain = predict_folder(hippocampus, images, tmp_path / "plain", mirroring=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUCKER_FUSE", "0")
+        plain = predict_folder(model, images, tmp_path / "plain", mirroring=False, cases=cases)
     assert plain.inference == "runs as it was: TUCKER_FUSE=0"
     same = {name: [] for name in summaries}
     for path in sorted((tmp_path / "plain").glob("*.nii.gz")):
@@ -101,8 +101,21 @@ def test_segmentations_of_all_example_cases(hippocampus, tmp_path, monkeypatch):
             other = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(tmp_path / name / path.name)))
             equal.append((other == expected).ravel())
     share = {name: np.concatenate(equal).mean() for name, equal in same.items()}
-    print(share)
+    print({name: f"{value:.6%} of voxels as not fused" for name, value in share.items()})
     assert share["fp32"] >= 0.99999 and share["bf16"] >= 0.999
+    return len(same["fp32"])
+
+
+@pytest.mark.slow
+def test_segmentations_of_all_example_cases(hippocampus, tmp_path):
+    assert check_segmentations(hippocampus, EXAMPLE / "images", tmp_path) == 10
+
+
+@pytest.mark.slow
+def test_segmentations_of_all_validation_cases(hippocampus, tmp_path, shared_dir):
+    data = shared_dir / "data" / "Dataset004_Hippocampus"
+    cases = json.loads((data / "splits_final.json").read_text())[0]["val"]
+    assert check_segmentations(hippocampus, data / "imagesTr", tmp_path, cases) == 39
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
