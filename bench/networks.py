@@ -1,8 +1,9 @@
 """`python -m bench.networks`: one block, and whole networks, fused against what a user would run.
 
-Dense and compressed to rank 1/2: as nnU-Net runs them (eager, contiguous), channels-last, OpenVINO, torch.compile
-(`--full`), and fused. Each peer is compared with float64 first, on a patch of 64³, and at full size with torch; then
-all take one turn per round, in shuffled order. Peak memory beyond weights and input is measured in a process each.
+Dense and compressed to rank 1/2: as nnU-Net runs them (eager, contiguous), channels-last, OpenVINO, and fused; with
+`--full` also ONNX Runtime and torch.compile, more networks and ranks, one thread, and AVX2 alone. Each peer is
+compared with float64 first, on a patch of 64³, and at full size with torch; then all take one turn per round, in
+shuffled order. Peak memory beyond weights and input is measured in a process each.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,204 +30,20 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.memory import CLEAR_REFS, MALLOC_RETURNS_FREED, _status_bytes
+from bench.network_cases import CASES, FULL, SEED, Case, as_convolutions, block, forget_networks
 from bench.operands import relative_rms
-from bench.peers.runtimes import missing
+from bench.peers.of_networks import AS_NNUNET, OURS, PEERS, Call, why_not
 from bench.provenance import provenance
-from tucker_ops import CompressionConfig, compress, fuse
+from bench.suite import CONFIGURATIONS, MACHINE
+from tucker_ops import CompressionConfig, compress
 from tucker_ops.backends import native
-from tucker_ops.fused import explain
 from tucker_ops.nn import TuckerConv3d
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = HERE / "results" / "latest_networks"
-SEED = 20240409
-OUTPUTS = 25
 GATES = {"float32": 1e-4, "bfloat16": 2.5e-2}
 # OpenVINO's norms differ from torch's by up to 3e-4 of a network's output at 128³.
 PEER_GATES = {"float32": 1e-3, "bfloat16": 5e-2}
-AS_NNUNET = "eager"
-OURS = "fused"
-
-Call = Callable[[], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is computed: one block or a whole network on one patch of `extent`³, compressed at `factor` or dense."""
-
-    name: str
-    extent: int
-    build: Callable[[], nn.Module]
-    channels: int
-    factor: float | None
-
-    @property
-    def form(self) -> str:
-        return "dense" if self.factor is None else f"rank {self.factor:g}"
-
-    def network(self) -> nn.Module:
-        return _network(self.build, self.factor)
-
-    def input(self) -> Tensor:
-        generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(1, self.channels, *(self.extent,) * 3, generator=generator)
-
-
-@cache
-def _network(build: Callable[[], nn.Module], factor: float | None) -> nn.Module:
-    torch.manual_seed(SEED)
-    network = build().eval().requires_grad_(False)
-    return network if factor is None else compress(network, CompressionConfig(factor=factor))
-
-
-def block() -> nn.Module:
-    """Norm and activation of the block before, then one of 32 channels: what a fused block computes in one pass.
-
-    The convolution's bias, which the norm cancels and a fused network drops, is zero.
-    """
-    layers = nn.Sequential(
-        nn.InstanceNorm3d(32, affine=True),
-        nn.LeakyReLU(0.01),
-        nn.Conv3d(32, 32, 3, padding=1),
-        nn.InstanceNorm3d(32, affine=True),
-        nn.LeakyReLU(0.01),
-    )
-    nn.init.zeros_(layers[2].bias)
-    return layers
-
-
-def plain_unet() -> nn.Module:
-    from dynamic_network_architectures.architectures.unet import PlainConvUNet
-
-    return PlainConvUNet(
-        1, 6, (32, 64, 128, 256, 320, 320), nn.Conv3d, 3, (1, 2, 2, 2, 2, 2), 2, OUTPUTS, 2, conv_bias=True,
-        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )  # fmt: skip
-
-
-def residual_unet() -> nn.Module:
-    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-
-    return ResidualEncoderUNet(
-        1, 6, (32, 64, 128, 256, 320, 320), nn.Conv3d, 3, (1, 2, 2, 2, 2, 2), (1, 3, 4, 6, 6, 6), OUTPUTS, 1,
-        conv_bias=True, norm_op=nn.InstanceNorm3d, norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True},
-    )  # fmt: skip
-
-
-CASES = (
-    Case("unet_128", 128, plain_unet, 1, None),
-    Case("unet_128", 128, plain_unet, 1, 0.5),
-)
-FULL = (
-    *CASES,
-    Case("unet_64", 64, plain_unet, 1, None),
-    Case("unet_64", 64, plain_unet, 1, 0.5),
-    Case("unet_128", 128, plain_unet, 1, 1 / 3),
-    Case("unet_128", 128, plain_unet, 1, 0.25),
-    Case("resenc_m_128", 128, residual_unet, 1, None),
-    Case("resenc_m_128", 128, residual_unet, 1, 0.5),
-)
-
-
-def as_convolutions(network: nn.Module) -> nn.Module:
-    """A copy with each TuckerConv3d as three nn.Conv3d, which every runtime knows."""
-    network = copy.deepcopy(network)
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, TuckerConv3d):
-                setattr(parent, name, _three(child))
-    return network
-
-
-def _three(module: TuckerConv3d) -> nn.Sequential:
-    rank_in, rank_out = module.ranks
-    ones = (1, 1, 1)
-    layers = nn.Sequential(
-        nn.Conv3d(module.in_channels, rank_in, 1, bias=False),
-        nn.Conv3d(rank_in, rank_out, module.kernel_size, module.stride, module.padding, bias=False),
-        nn.Conv3d(rank_out, module.out_channels, 1, bias=module.bias is not None),
-    )
-    for layer, weight in zip(layers, (module.u_in, module.core, module.u_out), strict=True):
-        layer.weight.data = weight.data.reshape(*weight.shape, *ones) if weight.dim() == 2 else weight.data
-    if module.bias is not None:
-        layers[2].bias.data = module.bias.data
-    return layers
-
-
-def _eager(case: Case, dtype: torch.dtype) -> Call:
-    network, x = as_convolutions(case.network()).to(dtype), case.input().to(dtype)
-    return lambda: network(x)
-
-
-def _channels_last(case: Case, dtype: torch.dtype) -> Call:
-    layout = torch.channels_last_3d
-    network = as_convolutions(case.network()).to(dtype).to(memory_format=layout)
-    x = case.input().to(dtype).contiguous(memory_format=layout)
-    return lambda: network(x)
-
-
-def _compiled(case: Case, dtype: torch.dtype) -> Call:
-    network, x = torch.compile(as_convolutions(case.network()).to(dtype)), case.input().to(dtype)
-    return lambda: network(x)
-
-
-def _openvino(case: Case, dtype: torch.dtype) -> Call:
-    import openvino
-
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-    core, x = openvino.Core(), case.input()
-    model = openvino.convert_model(as_convolutions(case.network()), example_input=x, input=[x.shape])
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": precision,
-    }
-    request = core.compile_model(model, "CPU", options).create_infer_request()
-    output = torch.empty(1, OUTPUTS, *x.shape[2:])
-    # The request does not keep the memory of either alive.
-    shared = [openvino.Tensor(tensor.numpy(), shared_memory=True) for tensor in (x, output)]
-    request.set_input_tensor(0, shared[0])
-    request.set_output_tensor(0, shared[1])
-
-    def call(kept=(x, shared)) -> Tensor:
-        request.infer(share_outputs=True)
-        return output
-
-    return call
-
-
-def _fused(case: Case, dtype: torch.dtype) -> Call:
-    network = fuse(copy.deepcopy(case.network()), precision="bf16" if dtype == torch.bfloat16 else "fp32")
-    x = case.input()
-    used = explain(network).used
-    if not used:
-        raise RuntimeError(used.reason)
-    return lambda: network(x)
-
-
-PEERS: dict[str, Callable[[Case, torch.dtype], Call]] = {
-    AS_NNUNET: _eager,
-    "channels-last": _channels_last,
-    "openvino": _openvino,
-    "compile": _compiled,
-    OURS: _fused,
-}
-
-
-def why_not(peer: str, dtype: torch.dtype, full: bool) -> str | None:
-    """Why a peer has no place in this run; None where it has one."""
-    if peer == "openvino" and (reason := missing("openvino")):
-        return reason
-    if peer == "compile" and not full:
-        return "in --full only: compiling takes minutes"
-    if dtype == torch.bfloat16 and peer != OURS and not native.multiplies_bfloat16():
-        return (
-            "this processor has no bfloat16 instructions: torch takes minutes, OpenVINO computes in float32"
-        )
-    return None
 
 
 def exact(case: Case) -> Tensor:
@@ -244,7 +61,7 @@ def measure(case: Case, dtypes: Sequence[str], rounds: int, full: bool, memory: 
     """Rows of one case: every peer in every dtype, times in milliseconds."""
     small, rows, calls = checkable(case), [], {}
     with torch.inference_mode():
-        reference, whole = exact(small), _eager(case, torch.float32)().clone()
+        reference, whole = exact(small), PEERS[AS_NNUNET](case, torch.float32)().clone()
         for dtype in dtypes:
             for peer, prepare in PEERS.items():
                 row = {
@@ -414,6 +231,7 @@ def _block_call(x: Tensor, scale: Tensor, shift: Tensor, conv: nn.Module, dtype:
 
 
 def table(rows: Sequence[dict]) -> Table:
+    several = len({row["configuration"] for row in rows}) > 1
     columns = (
         "case",
         "form",
@@ -424,16 +242,16 @@ def table(rows: Sequence[dict]) -> Table:
         "÷ strongest",
         "error",
         "to eager",
-        "peak MB",
     )
-    result = Table(*columns, box=MARKDOWN)
-    dense = {row["case"]: row["median_ms"] for row in rows if _is_baseline(row)}
+    result = Table(*(["configuration"] if several else []), *columns, "peak MB", box=MARKDOWN)
+    dense = {(row["configuration"], row["case"]): row["median_ms"] for row in rows if _is_baseline(row)}
     for row in rows:
         if "median_ms" not in row:
             continue
-        base = dense.get(row["case"])
+        base = dense.get((row["configuration"], row["case"]))
         strongest = row["ratio_to_strongest"]
         result.add_row(
+            *([row["configuration"]] if several else []),
             row["case"], row["form"], row["peer"], row["dtype"],
             f"{row['median_ms']:.0f} ({row['fastest_ms']:.0f} to {row['slowest_ms']:.0f})",
             "–" if base is None else f"{row['median_ms'] / base:.2f}",
@@ -452,36 +270,71 @@ def _is_baseline(row: dict) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Exit code 1 where a result missed its gate."""
     parser = argparse.ArgumentParser(prog="python -m bench.networks", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="more networks, ranks and peers; an hour")
+    parser.add_argument(
+        "--full", action="store_true", help="more networks, ranks, peers and configurations; hours"
+    )
     parser.add_argument(
         "--rounds", type=int, default=3, help="turns of each peer; of a block thrice as many [3]"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--rows-of", nargs=2, metavar=("CONFIGURATION", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
         _print_peak(*options.peak)
         return 0
-    dtypes = ("float32", "bfloat16")
-    rows = measure_block(dtypes, 3 * options.rounds)
-    for case in FULL if options.full else CASES:
-        print(f"{case.name}, {case.form}", file=sys.stderr, flush=True)
-        rows += measure(case, dtypes, options.rounds, options.full, not options.no_memory)
-        _network.cache_clear()
-    origin = provenance()
-    write(rows, origin, options.output)
+    if options.rows_of:
+        name, file = options.rows_of
+        configuration = next(c for c in CONFIGURATIONS["cpu-full"] if c.name == name)
+        torch.set_num_threads(configuration.threads or torch.get_num_threads())
+        Path(file).write_text(
+            json.dumps(measure_all(name, CASES, options.rounds, False, not options.no_memory))
+        )
+        return 0
+    cases = FULL if options.full else CASES
+    rows, left = measure_all(MACHINE, cases, options.rounds, options.full, not options.no_memory), []
+    for configuration in CONFIGURATIONS["cpu-full"][1:] if options.full else ():
+        if reason := configuration.redundant():
+            left.append(reason)
+        else:
+            rows += _in_its_own_process(configuration, options)
+    write(rows, provenance(), options.output, left)
     return int(any(row["status"] == "refused" for row in rows))
 
 
-def write(rows: Sequence[dict], origin: dict, output: Path) -> None:
-    """results.json with provenance in every row, results.md with what is printed."""
+def measure_all(name: str, cases: Sequence[Case], rounds: int, full: bool, memory: bool) -> list[dict]:
+    """Block and networks in this process, which runs in the configuration of that name."""
+    dtypes = ("float32", "bfloat16")
+    rows = measure_block(dtypes, 3 * rounds)
+    for case in cases:
+        print(f"{name}: {case.name}, {case.form}", file=sys.stderr, flush=True)
+        rows += measure(case, dtypes, rounds, full, memory)
+        forget_networks()
+        # Compiled networks of earlier cases would count against torch's limit on recompiling.
+        torch.compiler.reset()
+    return [{"configuration": name, **row} for row in rows]
+
+
+def _in_its_own_process(configuration, options: argparse.Namespace) -> list[dict]:
+    """Because oneDNN, torch and OpenVINO read their instruction set once."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", "bench.networks", "--rows-of", configuration.name, str(file)]
+        command += [f"--rounds={options.rounds}"] + ["--no-memory"] * options.no_memory
+        subprocess.run(command, env=os.environ | configuration.environment, check=True)
+        return json.loads(file.read_text())
+
+
+def write(rows: Sequence[dict], origin: dict, output: Path, left: Sequence[str] = ()) -> None:
+    """results.json with provenance in every row, results.md with what is printed; `left`: what was not run, and why."""
     output.mkdir(parents=True, exist_ok=True)
     note = ", ".join(
         f"{key} {origin[key]}"
         for key in ("cpu", "threads", "tucker_ops_isa", "torch", "openvino", "commit", "date")
     )
-    left = sorted({f"- {r['peer']} {r['dtype']}: {r['reason']}" for r in rows if r["status"] != "measured"})
+    missing = {f"- {r['peer']} {r['dtype']}: {r['reason']}" for r in rows if r["status"] != "measured"}
+    left = [f"- {reason}" for reason in left] + sorted(missing)
     with (output / "results.md").open("w") as file:
         for console in (Console(width=160), Console(file=file, width=160)):
             console.print(table(rows))

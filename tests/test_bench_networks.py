@@ -13,16 +13,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("rich")
 pytest.importorskip("dynamic_network_architectures")
 
-from bench import networks
+from bench import network_cases, networks
+from bench.peers import of_networks
 from tests.fused.networks import plain_unet
 from tucker_ops.backends import native
 
 
 def small_unet() -> torch.nn.Module:
-    return plain_unet(features=(8, 8, 16), classes=networks.OUTPUTS)
+    return plain_unet(features=(8, 8, 16), classes=network_cases.OUTPUTS)
 
 
-CASE = networks.Case("small", 16, small_unet, 1, 0.5)
+CASE = network_cases.Case("small", 16, small_unet, 1, 0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,9 @@ def _kernels():
 @pytest.fixture
 def without_runtimes(monkeypatch):
     """Other runtimes take long to start."""
-    peers = {name: p for name, p in networks.PEERS.items() if name not in ("openvino", "compile")}
+    peers = {
+        name: p for name, p in networks.PEERS.items() if name not in ("openvino", "onnxruntime", "compile")
+    }
     monkeypatch.setattr(networks, "PEERS", peers)
 
 
@@ -48,6 +51,7 @@ def test_every_peer_is_measured_or_says_why_not(without_runtimes, tmp_path, caps
         assert row["fastest_ms"] <= row["median_ms"] <= row["slowest_ms"]
         assert 0 < row["relative_rms"] <= row["gate"]
         assert row["ratio_to_nnunet"] > 0
+    rows = [{"configuration": "machine", **row} for row in rows]
     networks.write(rows, networks.provenance(), tmp_path / "out")
     assert (
         "| small " in (tmp_path / "out" / "results.md").read_text() and "| small " in capsys.readouterr().out
@@ -58,7 +62,7 @@ def test_every_peer_is_measured_or_says_why_not(without_runtimes, tmp_path, caps
 
 def test_wrong_answers_are_refused(without_runtimes, monkeypatch):
     def wrong(case, dtype):
-        right = networks._fused(case, dtype)
+        right = of_networks._fused(case, dtype)
         return lambda: right() * 1.01
 
     monkeypatch.setitem(networks.PEERS, "wrong", wrong)
@@ -79,7 +83,7 @@ def test_one_block():
 def test_convolutions_of_a_compressed_network_compute_the_same():
     x = CASE.input()
     with torch.no_grad():
-        expected, actual = CASE.network()(x), networks.as_convolutions(CASE.network())(x)
+        expected, actual = CASE.network()(x), network_cases.as_convolutions(CASE.network())(x)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    names = [type(m).__name__ for m in networks.as_convolutions(CASE.network()).modules()]
+    names = [type(m).__name__ for m in network_cases.as_convolutions(CASE.network()).modules()]
     assert "TuckerConv3d" not in names

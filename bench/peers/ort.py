@@ -33,26 +33,29 @@ class _Session:
     form: str
 
     def __call__(self, operands: Operands) -> Call:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        # Its threads would go on spinning after a call, while the next peer has its turn.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.log_severity_level = 3
-        try:
-            session = onnxruntime.InferenceSession(
-                onnx_model(operands, self.form), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:
-            # Its exceptions have no common base below Exception.
-            raise PeerError(f"ONNX Runtime: {str(error).split(' : ')[-1].strip()[:200]}") from error
+        session = session_of(onnx_model(operands, self.form))
         input = operands.input.contiguous()
-        return _Bound(session, input, torch.empty(operands.problem.output_shape, dtype=input.dtype))
+        return BoundSession(session, input, torch.empty(operands.problem.output_shape, dtype=input.dtype))
 
 
-class _Bound:
+def session_of(model: bytes):
+    """A session on torch's number of threads; PeerError where the runtime refuses the model."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    # Its threads would go on spinning after a call, while the next peer has its turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # Its exceptions have no common base below Exception.
+        raise PeerError(f"ONNX Runtime: {str(error).split(' : ')[-1].strip()[:200]}") from error
+
+
+class BoundSession:
     """A call that reads and writes torch's memory, of which the runtime knows the addresses only."""
 
     def __init__(self, session, input: Tensor, output: Tensor) -> None:

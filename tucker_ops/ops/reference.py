@@ -52,8 +52,8 @@ def block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `tucker_block` means, one torch operation after the other; see `tucker_ops.fused.block`.
 
-    Computes in float64 if the sources are, else in float32; values are rounded to `values_dtype`, by default that of the
-    sources, at the end.
+    Computes in float64 if the sources are, else in float32; at the end values are rounded to `values_dtype`, by default
+    that of the sources.
     """
     dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
     ndim = core.dim() - 2
