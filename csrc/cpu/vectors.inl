@@ -63,6 +63,8 @@ TUCKER_INLINE Vec load(const Pair* p) { return load(reinterpret_cast<const bfloa
 template <class T>
 TUCKER_INLINE Vec load_lanes(const T* p, int64_t count) {
   if (count >= LANES) return load(p);
+  // A gray image: not by way of memory, which would wait for the store.
+  if (count == 1) return Vec{to_float(*p)};
   float lanes[LANES] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(p[i]);
   return load(lanes);

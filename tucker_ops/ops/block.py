@@ -188,7 +188,7 @@ def block_memory_format(ndim: int, contiguous: bool) -> torch.memory_format:
 
 
 def split_call(args: tuple) -> tuple[tuple, tuple[bool, bool]]:
-    """The op's arguments as those of `block_problem_of` and (contiguous, float32_values), which callers may leave out."""
+    """The op's arguments as those of `block_problem_of` and (contiguous, float32_values), which may be left out."""
     call, options = args[:14], args[14:]
     return call, (*options, False, False)[:2]
 
