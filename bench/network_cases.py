@@ -19,10 +19,10 @@ OUTPUTS = 25
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed: one block or a whole network on one patch of `extent`³, compressed at `factor` or dense."""
+    """What is computed: one block or a whole network on one patch of `size`, compressed at `factor` or dense."""
 
     name: str
-    extent: int
+    size: tuple[int, int, int]
     build: Callable[[], nn.Module]
     channels: int
     factor: float | None
@@ -36,7 +36,7 @@ class Case:
 
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
-        return torch.randn(1, self.channels, *(self.extent,) * 3, generator=generator)
+        return torch.randn(1, self.channels, *self.size, generator=generator)
 
 
 @cache
@@ -88,17 +88,17 @@ def residual_unet() -> nn.Module:
 
 
 CASES = (
-    Case("unet_128", 128, plain_unet, 1, None),
-    Case("unet_128", 128, plain_unet, 1, 0.5),
+    Case("unet_128", (128,) * 3, plain_unet, 1, None),
+    Case("unet_128", (128,) * 3, plain_unet, 1, 0.5),
 )
 FULL = (
     *CASES,
-    Case("unet_64", 64, plain_unet, 1, None),
-    Case("unet_64", 64, plain_unet, 1, 0.5),
-    Case("unet_128", 128, plain_unet, 1, 1 / 3),
-    Case("unet_128", 128, plain_unet, 1, 0.25),
-    Case("resenc_m_128", 128, residual_unet, 1, None),
-    Case("resenc_m_128", 128, residual_unet, 1, 0.5),
+    Case("unet_64", (64,) * 3, plain_unet, 1, None),
+    Case("unet_64", (64,) * 3, plain_unet, 1, 0.5),
+    Case("unet_128", (128,) * 3, plain_unet, 1, 1 / 3),
+    Case("unet_128", (128,) * 3, plain_unet, 1, 0.25),
+    Case("resenc_m_128", (128,) * 3, residual_unet, 1, None),
+    Case("resenc_m_128", (128,) * 3, residual_unet, 1, 0.5),
 )
 
 

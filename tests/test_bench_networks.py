@@ -23,7 +23,7 @@ def small_unet() -> torch.nn.Module:
     return plain_unet(features=(8, 8, 16), classes=network_cases.OUTPUTS)
 
 
-CASE = network_cases.Case("small", 16, small_unet, 1, 0.5)
+CASE = network_cases.Case("small", (16,) * 3, small_unet, 1, 0.5)
 
 
 @pytest.fixture(autouse=True)
