@@ -336,7 +336,8 @@ class Rewriter:
         """Does it save memory at the peak, and is every reader behind the norm a convolution that can expand it?"""
         if module.ranks[1] > LARGEST_RANK_SHARE * module.out_channels:
             return False
-        if self.sizes[node] < LEAST_SIZE_SHARE * max(self.sizes.values()):
+        size = self.sizes.get(node, 0)
+        if size < LEAST_SIZE_SHARE * max(self.sizes.values(), default=0):
             return False
         return all(self._is_wide_convolution(user) for user in self._readers_behind_norm(node))
 
@@ -497,7 +498,10 @@ _MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
 
 
 def _sizes(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, float]:
-    """Values of every convolution's output per voxel of the network's input, strides as they would divide it."""
+    """Values of every hidden convolution's output per voxel of the network's input, strides as they would divide it.
+
+    A result is not among them: when it is written, hardly anything else is alive.
+    """
     density: dict[fx.Node, float] = {}
     sizes: dict[fx.Node, float] = {}
     for node in graph.nodes:
@@ -506,7 +510,8 @@ def _sizes(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, float]:
         if isinstance(module, (nn.modules.conv._ConvNd, _TuckerConv)):
             steps = math.prod(module.stride)
             density[node] *= steps if module.transposed else 1 / steps
-            sizes[node] = density[node] * module.out_channels
+            if any(user.op != "output" for user in node.users):
+                sizes[node] = density[node] * module.out_channels
     return sizes
 
 
