@@ -20,7 +20,7 @@ from tucker_ops.fused import explain
 
 AS_NNUNET = "eager"
 OURS = "fused"
-# Never the strongest, and minutes each.
+# Minutes each.
 IN_FULL_ONLY = ("channels-last", "onnxruntime", "compile")
 
 Call = Callable[[], Tensor]
@@ -107,7 +107,7 @@ PEERS: dict[str, Callable[[Case, torch.dtype], Call]] = {
 def why_not(peer: str, dtype: torch.dtype, full: bool) -> str | None:
     """Why a peer has no place in this run; None where it has one."""
     if peer in IN_FULL_ONLY and not full:
-        return "in --full only: it takes minutes and was never the strongest"
+        return "in --full only: it takes minutes"
     if peer == "openvino" and (reason := missing("openvino")):
         return reason
     if peer == "onnxruntime":
