@@ -98,7 +98,8 @@ class BlockProblem:
 
     ``channels`` has one entry per source, ``factors`` by how much its extents are smaller than ``input_size``.
     ``rank_in`` is the core's input, ``rank_out`` its output; ``out_channels`` equals the latter without u_out.
-    ``reduced``: every source is multiplied by a matrix before the core. ``expanded``: some source is in rank space.
+    ``rows`` has one entry per source as well: how many of the core's inputs it makes. ``expanded``: some source is in
+    rank space.
     """
 
     batch: int
@@ -114,10 +115,15 @@ class BlockProblem:
     dilation: tuple[int, ...]
     dtype: torch.dtype
     device: str
-    reduced: bool
+    rows: tuple[int, ...]
     expanded: bool
     u_out: bool
     stats: str
+
+    @property
+    def side_by_side(self) -> bool:
+        """Do the sources make the core's inputs in turn, instead of all of them each?"""
+        return sum(self.rows) == self.rank_in
 
     @property
     def ndim(self) -> int:

@@ -9,9 +9,10 @@ namespace tucker_ops {
 // first (or third) stage its channels are the core's ranks.
 struct Geometry {
   int64_t batch, in_channels, rank_in, rank_out, out_channels;
-  // Is there a first, a second, a third stage? A convolution of one tap alone is a third stage.
-  bool reduced = true, convolved = true, expanded = true;
+  // Is there a second, a third stage? A convolution of one tap alone is a third stage.
+  bool convolved = true, expanded = true;
   bool covariance = false;               // of the output's channels, beside their mean
+  int64_t reduce_macs = 0;  // multiply-adds per voxel of the first stage
   // Sources in rank space: the most ranks that one has, and multiply-adds per voxel that expand all of them.
   int64_t source_ranks = 0, source_macs = 0;
   int64_t coarse_channels = 0;  // of sources with smaller extents, those of each rounded up to 16

@@ -166,8 +166,9 @@ void execute(const char* op, OnePass pass, const Weights& weights, bool bfloat16
   const std::shared_ptr<const PackedWeights> packed = packed_weights(weights, units, pass.tiles.winograd);
   STD_TORCH_CHECK(packed, op, ": no memory for packed weights");
   for (size_t i = 0; i < weights.reduce.size(); ++i) {
+    if (!weights.reduce[i]) continue;
     pass.sources[i].reduce = packed->reduce[i].get();
-    pass.sources[i].reduce_floats = reduce_floats(weights.reduce[i], units);
+    pass.sources[i].reduce_floats = reduce_floats(*weights.reduce[i], units);
   }
   for (size_t i = 0; i < weights.expand.size(); ++i) pass.sources[i].expand = packed->expand[i].get();
   pass.core = packed->core.get();
@@ -185,7 +186,7 @@ void execute(const char* op, OnePass pass, const Weights& weights, bool bfloat16
   }
   const int64_t taps = g.convolved ? g.kernel[0] * g.kernel[1] * g.kernel[2] : 0;
   const int64_t macs_per_voxel = g.rank_in * g.rank_out * taps +
-                                 g.rank_out * g.out_channels + g.rank_in * g.in_channels + g.source_macs;
+                                 g.rank_out * g.out_channels + g.reduce_macs + g.source_macs;
   const int64_t grain = std::max<int64_t>(
       1, kMinMacsPerThread / std::max<int64_t>(1, macs_per_voxel * pass.tiles.rows * pass.tiles.cols));
   const int64_t scratch_size = scratch_of(g, pass.tiles, units).total;
@@ -211,6 +212,7 @@ extern "C" __attribute__((visibility("default"))) int tucker_ops_cpu_tiles(const
   for (int64_t* scalar : scalars) *scalar = *numbers++;
   for (int64_t* triple : {g.in, g.out, g.kernel, g.stride, g.padding, g.dilation})
     for (int axis = 0; axis < 3; ++axis) triple[axis] = *numbers++;
+  g.reduce_macs = g.rank_in * g.in_channels;
   const Kernels* kernels = select_kernels(std::getenv("TUCKER_CPU_ISA"));
   std::optional<int64_t> winograd;
   if (!kernels || !read_core(winograd)) return 0;

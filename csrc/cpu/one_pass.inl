@@ -148,8 +148,7 @@ struct Worker {
     const Source& s = p.sources[0];
     if (p.source_count == 1 && !is_coarse(s)) {
       const T* x = at_voxel(s, d, h, w);
-      if (!s.reduce) return ready_source(s, x, count, out, group_stride<S>(), kUnits<S>);
-      return reduce_source(s, s.reduce, x, count, out, group_stride<S>(), kUnits<S>, 0);
+      return first_stage(s, x, count, out, group_stride<S>(), kUnits<S>);
     }
     if constexpr (kChannels<S> == 1) {
       sum_sources(d, h, w, count, out, group_stride<S>());
@@ -165,8 +164,9 @@ struct Worker {
   void sum_sources(int64_t d, int64_t h, int64_t w, int64_t count, float* out, int64_t group_step) {
     for (int64_t i = 0; i < p.source_count; ++i) {
       const Source& s = p.sources[i];
+      float* const to = out + s.offset / LANES * group_step;
       if (!is_coarse(s)) {
-        reduce_source(s, s.reduce, at_voxel(s, d, h, w), count, out, group_step, LANES, i);
+        first_stage(s, at_voxel(s, d, h, w), count, to, group_step, LANES);
         continue;
       }
       const int64_t f = s.factor[2];
@@ -175,8 +175,8 @@ struct Worker {
       // Every f-th column takes the same matrix.
       for (int64_t first = 0; first < f && first < count; ++first) {
         const int64_t column = w + first, matrix = (d % s.factor[0] * s.factor[1] + h % s.factor[1]) * f + column % f;
-        reduce_columns<0>(row + (column / f - begin) * lda, lda, 1, units_of(s), s.reduce + matrix * s.reduce_floats,
-                          ceil_div(count - first, f), out + first * LANES, group_step, f * LANES, i);
+        reduce_columns<0>(s, row + (column / f - begin) * lda, lda, 1, s.reduce + matrix * s.reduce_floats,
+                          ceil_div(count - first, f), to + first * LANES, group_step, f * LANES);
       }
     }
   }
@@ -211,17 +211,28 @@ struct Worker {
            h / s.factor[1] * s.strides.space[1] + w / s.factor[2] * s.strides.space[2];
   }
 
-  // `count` voxels of source number `index` from x on, times a matrix, to every `step_out`-th value of `out`.
+  // `count` voxels of a source at full extents from x on, as its part of the first stage's output.
   template <class S>
-  void reduce_source(const Source& s, const float* matrix, const T* x, int64_t count, S* out, int64_t group_step,
-                     int64_t step_out, int64_t index) {
+  void first_stage(const Source& s, const T* x, int64_t count, S* out, int64_t group_step, int64_t step_out) {
+    if (!s.reduce) {
+      ready_source(s, x, count, out, group_step, step_out);
+      if (p.in_bias) add_in_bias(s, count, out, group_step, step_out);
+      return;
+    }
     int64_t lda, step;
     const U* a = read_columns(s, x, count, lda, step);
     if (lda == 1) {
-      reduce_columns<1>(a, lda, step, units_of(s), matrix, count, out, group_step, step_out, index);
+      reduce_columns<1>(s, a, lda, step, s.reduce, count, out, group_step, step_out);
     } else {
-      reduce_columns<0>(a, lda, step, units_of(s), matrix, count, out, group_step, step_out, index);
+      reduce_columns<0>(s, a, lda, step, s.reduce, count, out, group_step, step_out);
     }
+  }
+
+  template <class S>
+  void add_in_bias(const Source& s, int64_t count, S* out, int64_t group_step, int64_t step_out) const {
+    for (int64_t c = 0; c < s.rows; c += LANES, out += group_step)
+      for (int64_t j = 0; j < count; ++j)
+        store(out + j * step_out, load(out + j * step_out) + load(p.in_bias + s.offset + c));
   }
 
   static int64_t units_of(const Source& s) { return ceil_div(s.channels, kChannels<U>); }
@@ -356,11 +367,12 @@ struct Worker {
       out[j].bits = first[j * space].bits | (second ? static_cast<uint32_t>(second[j * space].bits) << 16 : 0);
   }
 
-  // Source `index` adds to what those before it left; the first one starts from in_bias.
+  // Where it does not add to what other sources left, it starts from in_bias.
   template <int LDA, class S>
-  void reduce_columns(const U* a, int64_t lda, int64_t step, int64_t units, const float* matrix, int64_t count, S* out,
-                      int64_t group_step, int64_t step_out, int64_t index) {
-    channel_blocks(g.rank_in, [&](auto nv, int64_t c) {
+  void reduce_columns(const Source& s, const U* a, int64_t lda, int64_t step, const float* matrix, int64_t count, S* out,
+                      int64_t group_step, int64_t step_out) {
+    const int64_t units = units_of(s);
+    channel_blocks(s.rows, [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       const float* w = matrix + c * units;
       S* group = out + c / LANES * group_step;
@@ -368,13 +380,13 @@ struct Worker {
         constexpr int MR = decltype(mr)::value;
         Vec acc[MR][NV] = {};
         S* to = group + col * step_out;
-        if (index) {
+        if (s.adds) {
           if constexpr (kChannels<S> == 1)
             for (int v = 0; v < NV; ++v)
               for (int j = 0; j < MR; ++j) acc[j][v] = load(to + v * group_step + j * step_out);
         } else if (p.in_bias) {
           for (int v = 0; v < NV; ++v)
-            for (int j = 0; j < MR; ++j) acc[j][v] = load(p.in_bias + c + v * LANES);
+            for (int j = 0; j < MR; ++j) acc[j][v] = load(p.in_bias + s.offset + c + v * LANES);
         }
         accumulate<MR, NV, LDA>(acc, a + col * lda, lda, step, units, w);
         for (int v = 0; v < NV; ++v)

@@ -77,7 +77,7 @@ double work_per_voxel(const Geometry& g, const Layouts& layouts, const Tiles& t,
   const double cols_read = std::min(t.cols_in, g.in[2]);
   const double in_ranks = ceil_div(g.rank_in, lanes) * lanes, out_ranks = ceil_div(g.rank_out, lanes) * lanes;
   const double read = rows_read * cols_read * g.stride[0] / voxels / u.channels;
-  const double reduce = read * ((g.reduced ? in_ranks * g.in_channels : 0) + g.source_macs);
+  const double reduce = read * (g.reduce_macs * in_ranks / g.rank_in + g.source_macs);
   const double expand = !g.expanded ? 0 : static_cast<double>(ceil_div(g.out_channels, lanes) * lanes) * g.rank_out / u.channels;
   double core = 0;
   if (t.winograd) {

@@ -59,7 +59,6 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
   g.batch = sources[0].size(0);
   g.rank_in = core.size(1);
   g.rank_out = core.size(0);
-  g.reduced = reduce[0].has_value();
   g.expanded = u_out.has_value();
   g.out_channels = u_out ? u_out->size(0) : g.rank_out;
   std::vector<int64_t> in(ndim, 0), kernel = extents_of(core);
@@ -81,7 +80,18 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
   };
   g.convolved = u_out || g.covariance || !all_are(kernel, 1) || !all_are(stride, 1) || !all_are(padding, 0);
 
+  // Channels of the first stage's output that a source makes.
+  auto rows_of = [&](int64_t i) {
+    if (reduce[i]) return reduce[i]->size(reduce[i]->dim() - 2);
+    return expand[i] ? expand[i]->size(0) : sources[i].size(1);
+  };
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += rows_of(i);
+  const bool side_by_side = rows == g.rank_in;
+
   Weights weights{};
+  weights.reduce.resize(count);
+  int64_t offset = 0;
   if (g.convolved) {
     weights.core = view_of(core);
   } else {
@@ -123,22 +133,26 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
     source.scale = pending(scale[i], g.batch, source.channels);
     source.shift = pending(shift[i], g.batch, source.channels);
     source.slope = static_cast<float>(slope[i]);
-    STD_TORCH_CHECK(reduce[i].has_value() == g.reduced && (g.reduced || (count == 1 && source.channels == g.rank_in)), kOp,
-                    ": every source needs a reduce, or the only one the core's channels");
+    source.rows = rows_of(i);
+    source.offset = side_by_side ? offset : 0;
+    source.adds = !side_by_side && i > 0;
+    offset += source.rows;
+    STD_TORCH_CHECK((side_by_side || (reduce[i] && source.rows == g.rank_in)) && source.offset % kOffsets == 0, kOp,
+                    ": sources must make all channels of the core each, or its channels side by side in multiples of ", kOffsets);
     if (!reduce[i]) continue;
+    g.reduce_macs += source.rows * source.channels;
     const Tensor& matrix = *reduce[i];
-    STD_TORCH_CHECK(matrix.size(matrix.dim() - 2) == g.rank_in && matrix.size(matrix.dim() - 1) == source.channels &&
-                        matrix.scalar_type() == dtype && matrix.is_cpu(),
-                    kOp, ": reduce must be [R_in, C] or [*s, R_in, C], in the sources' dtype");
+    STD_TORCH_CHECK(matrix.size(matrix.dim() - 1) == source.channels && matrix.scalar_type() == dtype && matrix.is_cpu(),
+                    kOp, ": reduce must be [rows, C] or [*s, rows, C], in the sources' dtype");
     WeightView view = view_of(matrix);
     if (positions > 1) {
-      view.sizes = {positions, g.rank_in, source.channels};
-      view.strides = {g.rank_in * source.channels, source.channels, 1};
+      view.sizes = {positions, source.rows, source.channels};
+      view.strides = {source.rows * source.channels, source.channels, 1};
     } else {
-      view.sizes = {g.rank_in, source.channels};
+      view.sizes = {source.rows, source.channels};
       view.strides = {source.channels, 1};
     }
-    weights.reduce.push_back(view);
+    weights.reduce[i] = view;
   }
   auto vector_of = [&](const std::optional<Tensor>& tensor, int64_t length) -> std::optional<WeightView> {
     if (!tensor) return std::nullopt;

@@ -37,6 +37,7 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   g.rank_in = core.size(1);
   g.rank_out = core.size(0);
   g.out_channels = u_out.size(0);
+  g.reduce_macs = g.rank_in * g.in_channels;
   STD_TORCH_CHECK(u_in.dim() == 2 && u_out.dim() == 2 && u_in.size(0) == g.rank_in && u_in.size(1) == g.in_channels &&
                       u_out.size(1) == g.rank_out && (!bias || (bias->dim() == 1 && bias->size(0) == g.out_channels)),
                   kOp, ": weights do not fit together");
@@ -71,6 +72,7 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   source.x = input.const_data_ptr();
   source.strides = x_strides;
   source.channels = source.width = g.in_channels;
+  source.rows = g.rank_in;
   pass.source_count = 1;
   pass.y = output.mutable_data_ptr();
   pass.y_is_float = dtype == ScalarType::Float;

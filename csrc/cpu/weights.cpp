@@ -189,7 +189,7 @@ std::optional<PackedWeights> pack_all(const Weights& weights, const Units& u, in
     complete = complete && floats;
     return floats;
   };
-  for (const WeightView& matrix : weights.reduce) packed.reduce.push_back(keep(pack_reduce(matrix, u)));
+  for (const auto& matrix : weights.reduce) packed.reduce.push_back(matrix ? keep(pack_reduce(*matrix, u)) : Floats());
   for (const auto& matrix : weights.expand) packed.expand.push_back(matrix ? keep(pack(*matrix, {}, u)) : Floats());
   if (weights.core) packed.core = keep(pack_core(*weights.core, u, winograd));
   if (weights.u_out) packed.u_out = keep(pack(*weights.u_out, {}, u));
@@ -217,7 +217,8 @@ bool is_dense(const WeightView& weight) {
 
 std::vector<const WeightView*> views(const Weights& weights) {
   std::vector<const WeightView*> all;
-  for (const WeightView& matrix : weights.reduce) all.push_back(&matrix);
+  for (const auto& matrix : weights.reduce)
+    if (matrix) all.push_back(&*matrix);
   for (const auto* optional : {&weights.core, &weights.u_out, &weights.in_bias, &weights.bias})
     if (*optional) all.push_back(&**optional);
   for (const auto& matrix : weights.expand)
@@ -229,7 +230,8 @@ std::vector<const WeightView*> views(const Weights& weights) {
 std::vector<int64_t> form_of(const Weights& weights, const Units& u, int64_t winograd) {
   std::vector<int64_t> form{u.lanes, u.channels, winograd, static_cast<int64_t>(weights.reduce.size()),
                             weights.core.has_value(), weights.u_out.has_value(), weights.in_bias.has_value(), weights.bias.has_value()};
-  for (const auto& matrix : weights.expand) form.push_back(matrix.has_value());
+  for (const auto* matrices : {&weights.reduce, &weights.expand})
+    for (const auto& matrix : *matrices) form.push_back(matrix.has_value());
   for (const WeightView* view : views(weights)) {
     form.push_back(view->is_float);
     form.push_back(view->sizes.size());
@@ -332,9 +334,10 @@ int64_t packed_bytes(const Weights& weights, int64_t lanes, int64_t winograd) {
     if (winograd) reduction = reduction / 9 * (winograd + 2) * (winograd + 2);
     floats += packed_floats(weights.core->sizes[0], reduction + 1, lanes);
   }
-  for (const WeightView& matrix : weights.reduce) {
-    const size_t rows = matrix.sizes.size() - 2;
-    floats += (rows ? matrix.sizes[0] : 1) * packed_floats(matrix.sizes[rows], matrix.sizes[rows + 1] + 1, lanes);
+  for (const auto& matrix : weights.reduce) {
+    if (!matrix) continue;
+    const size_t rows = matrix->sizes.size() - 2;
+    floats += (rows ? matrix->sizes[0] : 1) * packed_floats(matrix->sizes[rows], matrix->sizes[rows + 1] + 1, lanes);
   }
   if (weights.u_out) floats += packed_floats(weights.u_out->sizes[0], weights.u_out->sizes[1] + 1, lanes);
   for (const auto& matrix : weights.expand)

@@ -27,13 +27,14 @@ struct WeightView {
 };
 
 struct Weights {
-  std::vector<WeightView> reduce;                // per source [R_in, C] or [positions, R_in, C]; none: no first stage
+  // Per source [rows, C] or [positions, rows, C]; null where its values are the first stage's output.
+  std::vector<std::optional<WeightView>> reduce;
   std::optional<WeightView> core, u_out, in_bias, bias;
   std::vector<std::optional<WeightView>> expand = {};  // per source [C, R] of one in rank space; may be shorter
 };
 
 struct PackedWeights {
-  std::vector<Floats> reduce, expand;  // expand is null for a source that holds channels
+  std::vector<Floats> reduce, expand;  // per source; null where it has none
   Floats core, u_out, in_bias, bias;  // core, u_out and in_bias are null where there is none
 };
 

@@ -30,6 +30,7 @@ def two_groups(channels: int, **_) -> nn.Module:
 # Networks, and the size of an input they accept.
 NETWORKS = {
     "plain": (plain_unet, {}, (2, 1, 8, 12, 20)),
+    "side-by-side": (plain_unet, {"features": (16, 32, 32)}, (1, 1, 8, 8, 12)),
     "plain-2d": (
         plain_unet,
         {"conv": nn.Conv2d, "norm": nn.InstanceNorm2d, "channels": 3},

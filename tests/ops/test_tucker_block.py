@@ -41,9 +41,15 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     rank_in, rank_out, out = (rng.choice([1, 3, 8, 9, 16, 17, 24, 40]) for _ in range(3))
     reduced = rng.random() < 0.8
     sources, expand, scale, shift, slope, reduce = [], [], [], [], [], []
-    for _ in range(rng.choice([1, 1, 2, 3]) if reduced else 1):
+    count = rng.choice([1, 1, 2, 3]) if reduced else 1
+    side_by_side = count > 1 and rng.random() < 0.5
+    widths = [rng.choice([16, 32]) for _ in range(count - 1)] + [rng.choice([1, 8, 13, 16, 40])]
+    rank_in = sum(widths) if side_by_side else rank_in
+    for i in range(count):
         channels = rng.choice([1, 3, 8, 13, 16, 33, 40]) if reduced else rank_in
-        coarse = reduced and rng.random() < 0.6
+        as_it_is = not reduced or (side_by_side and rng.random() < 0.4)
+        channels = widths[i] if as_it_is and side_by_side else channels
+        coarse = not as_it_is and rng.random() < 0.6
         extents = [n // f for n, f in zip(size, factors, strict=True)] if coarse else size
         ranks = rng.choice([None, None, 1, 3, 8, 17])
         expand.append(None if ranks is None else normal(channels, ranks).to(dtype))
@@ -58,7 +64,8 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
         shift.append(normal(batch, channels).to(wide) if rng.random() < 0.6 else None)
         slope.append(rng.choice([1.0, 0.01, 0.2]))
         positions = factors if coarse else ()
-        reduce.append(normal(*positions, rank_in, channels).to(dtype) if reduced else None)
+        rows = widths[i] if side_by_side else rank_in
+        reduce.append(None if as_it_is else normal(*positions, rows, channels).to(dtype))
     u_out = normal(out, rank_out).to(dtype) if rng.random() < 0.7 else None
     return {
         "sources": sources,
@@ -67,7 +74,7 @@ def random_call(seed: int, dtype: torch.dtype = torch.float64) -> dict:
         "shift": shift,
         "slope": slope,
         "reduce": reduce,
-        "in_bias": normal(rank_in).to(dtype) if reduced and rng.random() < 0.5 else None,
+        "in_bias": normal(rank_in).to(dtype) if rng.random() < 0.5 else None,
         "core": normal(rank_out, rank_in, *kernel).to(dtype),
         "stride": list(stride),
         "padding": list(padding),
@@ -297,7 +304,14 @@ def test_it_has_no_derivative_and_says_so():
             ShapeError,
             "must have the same extents",
         ),
-        ({"reduce": [None]}, ShapeError, "no reduce"),
+        ({"reduce": [None]}, ShapeError, r"sources of \[4\] rows fit no core of 2 inputs"),
+        (
+            {name: [None] * 2 for name in ("expand", "scale", "shift")}
+            | {"slope": [1.0] * 2, "sources": [torch.zeros(1, 4, 3, 3, 3)] * 2}
+            | {"reduce": [torch.zeros(2, 4), torch.zeros(1, 4)]},
+            ShapeError,
+            r"rows fit no core",
+        ),
         ({"scale": [torch.zeros(1, 3)]}, ShapeError, "scale of source 0"),
         ({"scale": [torch.zeros(1, 4).double()]}, DtypeError, "scale and shift"),
         ({"in_bias": torch.zeros(5)}, ShapeError, "in_bias"),

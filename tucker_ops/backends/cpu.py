@@ -14,6 +14,8 @@ from tucker_ops.types import BlockProblem, Problem
 
 MOST_RING_BYTES = 64 * 2**20
 MOST_SOURCES = 4
+# The most lanes of any vector: sources that lie side by side start at multiples of it.
+SIDE_BY_SIDE = 16
 
 # Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
 FEW_VOXELS, LARGE_CORE = 256, 300_000
@@ -121,6 +123,11 @@ def _supports_block(problem: BlockProblem) -> Verdict:
         return Verdict(False, "takes the covariance of the core's output only: leave u_out to the reader")
     if len(problem.channels) > MOST_SOURCES:
         return Verdict(False, f"reads at most {MOST_SOURCES} sources, not {len(problem.channels)}")
+    if problem.side_by_side and any(rows % SIDE_BY_SIDE for rows in problem.rows[:-1]):
+        return Verdict(
+            False,
+            f"puts sources side by side at multiples of {SIDE_BY_SIDE} channels only, not {problem.rows}",
+        )
     return _ring_fits(problem) and _environment_is_known()
 
 

@@ -141,7 +141,7 @@ def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
     problem = BlockProblem(
         batch=1, channels=(1,), factors=((1, 1),), rank_in=1, rank_out=1, out_channels=1, input_size=(1, 1),
         kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=dtype, device=device,
-        reduced=True, expanded=False, u_out=True, stats="none",
+        rows=(1,), expanded=False, u_out=True, stats="none",
     )  # fmt: skip
     verdicts = {b.name: block_verdict(b, problem) for b in ORDER if b is not REFERENCE}
     for name, verdict in verdicts.items():

@@ -100,20 +100,30 @@ def tucker_weight(u_in: Tensor, core: Tensor, u_out: Tensor) -> Tensor:
     return product.to(core.dtype)
 
 
-def upsampling(u_in: Tensor, begin: int, end: int, weight: Tensor) -> Tensor:
+def upsampling(u_in: Tensor | None, begin: int, end: int, weight: Tensor) -> Tensor:
     """u_in [R_in, C] times a transposed convolution [C_below, C_up, *s] whose output is channels begin to end.
 
-    Returns [*s, R_in, C_below]: one matrix for every position within the stride.
+    Returns [*s, R_in, C_below], one matrix for every position within the stride; [*s, C_up, C_below] without u_in.
     """
+    if u_in is None:
+        return weight.movedim((0, 1), (-1, -2)).contiguous()
     dtype = _wide(weight.dtype)
     part = u_in[:, begin:end].to(dtype)
     product = torch.einsum("ru,cus->src", part, weight.to(dtype).flatten(2)).to(weight.dtype)
     return product.reshape(*weight.shape[2:], *product.shape[1:]).contiguous()
 
 
-def carried_bias(u_in: Tensor, begin: int, end: int, bias: Tensor, before: Tensor | None) -> Tensor:
-    """The transposed convolution's bias [C_up] behind u_in: [R_in], added to `before`."""
-    carried = (u_in[:, begin:end].to(_wide(bias.dtype)) @ bias.to(_wide(bias.dtype))).to(bias.dtype)
+def carried_bias(
+    u_in: Tensor | None, begin: int, end: int, channels: int, bias: Tensor, before: Tensor | None
+) -> Tensor:
+    """The bias [end - begin] of a transposed convolution behind u_in [R_in, channels], added to `before`.
+
+    Returns [R_in]; without u_in [channels].
+    """
+    if u_in is None:
+        carried = F.pad(bias, (begin, channels - end))
+    else:
+        carried = (u_in[:, begin:end].to(_wide(bias.dtype)) @ bias.to(_wide(bias.dtype))).to(bias.dtype)
     return carried if before is None else before + carried
 
 

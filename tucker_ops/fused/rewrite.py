@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tucker_ops.backends.cpu import MOST_SOURCES
+from tucker_ops.backends.cpu import MOST_SOURCES, SIDE_BY_SIDE
 from tucker_ops.errors import ConversionError
 from tucker_ops.fused import arithmetic
 from tucker_ops.nn import _TuckerConv, spec_of
@@ -273,7 +273,8 @@ class Rewriter:
         parts = value.parts if isinstance(value, Concatenated) else (value,)
         parts = tuple(self.merged(part) if isinstance(part, Summed) else part for part in parts)
         widths = value.channels if isinstance(value, Concatenated) else (spec.in_channels,)
-        if u_in is None and (len(parts) > 1 or isinstance(parts[0], Upsampled)):
+        side_by_side = u_in is None and all(width % SIDE_BY_SIDE == 0 for width in widths[:-1])
+        if u_in is None and not side_by_side:
             u_in = self.product(arithmetic.identity, core)
         sources, expand, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], [], None, 0
         for part, width in zip(parts, widths, strict=True):
@@ -284,8 +285,9 @@ class Rewriter:
                 matrix = self.product(arithmetic.upsampling, u_in, begin, end, weight)
                 up_bias = self.weight(part.target, "bias")
                 if up_bias is not None:
-                    in_bias = self.product(arithmetic.carried_bias, u_in, begin, end, up_bias, in_bias)
-            elif len(parts) > 1:
+                    place = (begin, end, spec.in_channels)
+                    in_bias = self.product(arithmetic.carried_bias, u_in, *place, up_bias, in_bias)
+            elif len(parts) > 1 and u_in is not None:
                 matrix = self.product(arithmetic.columns, u_in, begin, end)
             sources.append(self.block_values(pending))
             expand.append(pending.expand)

@@ -5,9 +5,10 @@ Inference only: it has no derivative and says so. `tucker_ops.ops.reference.bloc
     sources[i]   [N, C_i, *spatial], at the input's extents or a whole fraction of them
     expand[i]    [C_i, R_i] of a source [N, R_i, *spatial] in rank space, or None
     scale[i], shift[i]  [N, C_i] in fp32 of the norm still to be applied, or None; slope[i] of LeakyReLU, 1 for none
-    reduce[i]    [R_in, C_i], for a source at 1/s of the extents [*s, R_in, C_i]; None: a single source as it is
+    reduce[i]    [rows, C_i], for a source at 1/s of the extents [*s, rows, C_i]; None: the source as it is, rows = C_i
+                 rows = R_in for all: they are summed; rows that add up to R_in: they are put side by side
     in_bias      [R_in], added inside the volume only;  core [R_out, R_in, *kernel];  u_out [C_out, R_out] or None
-    t = Σ_i reduce_i · LeakyReLU(scale_i · expand_i · source_i + shift_i) + in_bias, zero-padded
+    t = Σ_i reduce_i · LeakyReLU(scale_i · expand_i · source_i + shift_i) + in_bias, zero-padded; side by side ⊕ for Σ
     values = u_out · (core ∗ t) + bias
     stats = "none": mean and m2 are [N, 0]. "channel": mean and m2, the sum of squared deviations, [N, C_out].
     "covariance": m2 [N, C_out, C_out], the sums of products of deviations of two channels
@@ -83,7 +84,7 @@ def block_problem_of(
         tuple(n * f for n, f in zip(source.shape[2:], factor, strict=True))
         for source, factor in zip(sources, factors, strict=True)
     ]
-    size, channels = sizes[0], []
+    size, channels, rows = sizes[0], [], []
     if any(other != size for other in sizes):
         raise ShapeError(
             f"sources of extents {[tuple(s.shape[2:]) for s in sources]}, times {factors}, must have the same extents, "
@@ -100,8 +101,18 @@ def block_problem_of(
                 raise ShapeError(
                     f"{name} of source {i} must be [N, C] = [{first.shape[0]}, {c}], got {tuple(given.shape)}"
                 )
-        _check_reduce(i, reduce[i], c, rank_in, len(sources))
+        if reduce[i] is not None and reduce[i].shape[-1] != c:
+            raise ShapeError(
+                f"reduce of source {i} must be [rows, C = {c}], or have factors before that, got "
+                f"{list(reduce[i].shape)}"
+            )
         channels.append(c)
+        rows.append(c if reduce[i] is None else reduce[i].shape[-2])
+    if sum(rows) != rank_in and (set(rows) != {rank_in} or any(matrix is None for matrix in reduce)):
+        raise ShapeError(
+            f"sources of {rows} rows fit no core of {rank_in} inputs: each needs a reduce of {rank_in} rows, or those "
+            "of all must add up to that many"
+        )
     out_channels = rank_out if u_out is None else u_out.shape[0]
     if u_out is not None and tuple(u_out.shape) != (out_channels, rank_out):
         raise ShapeError(f"u_out must be [C_out, R_out = {rank_out}], got {tuple(u_out.shape)}")
@@ -141,7 +152,7 @@ def block_problem_of(
         dilation=tuple(ntuple(dilation, ndim, "dilation", 1)),
         dtype=first.dtype,
         device=first.device.type,
-        reduced=reduce[0] is not None,
+        rows=tuple(rows),
         expanded=any(u is not None for u in expand),
         u_out=u_out is not None,
         stats=stats,
@@ -163,21 +174,6 @@ def _factor(i: int, matrix: Tensor | None, ndim: int) -> tuple[int, ...]:
             f"reduce of source {i} must be [R_in, C] or [*s, R_in, C] with {ndim} factors, got {list(matrix.shape)}"
         )
     return tuple(matrix.shape[:ndim])
-
-
-def _check_reduce(i, matrix, channels, rank_in, count) -> None:
-    if matrix is None:
-        if count != 1 or channels != rank_in:
-            raise ShapeError(
-                f"source {i} has no reduce: it must be the only one and have the core's {rank_in} channels, got "
-                f"{channels} of {count} sources"
-            )
-        return
-    if tuple(matrix.shape[-2:]) != (rank_in, channels):
-        raise ShapeError(
-            f"reduce of source {i} must be [R_in, C] = {[rank_in, channels]}, or have factors before that, got "
-            f"{list(matrix.shape)}"
-        )
 
 
 def block_memory_format(ndim: int, contiguous: bool) -> torch.memory_format:

@@ -63,7 +63,7 @@ def block(
     def pointwise(x: Tensor, matrix: Tensor) -> Tensor:
         return conv(x, matrix.to(dtype).reshape(*matrix.shape, *ones))
 
-    t = None
+    parts = []
     for x, u, a, b, negative, matrix in zip(sources, expand, scale, shift, slope, reduce, strict=True):
         value = x.to(dtype)
         if u is not None:
@@ -78,7 +78,9 @@ def block(
             value = _upsample(value, matrix.to(dtype))
         elif matrix is not None:
             value = pointwise(value, matrix)
-        t = value if t is None else t + value
+        parts.append(value)
+    side_by_side = sum(part.shape[1] for part in parts) == core.shape[1]
+    t = torch.cat(parts, 1) if side_by_side else sum(parts)
     if in_bias is not None:
         t = t + in_bias.to(dtype).reshape(-1, *ones)
     values = conv(t, core.to(dtype), None, stride, padding, dilation)
