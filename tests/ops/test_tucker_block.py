@@ -104,22 +104,20 @@ def close_statistics(actual, expected, count: int, dtype: torch.dtype) -> bool:
     """
     (mean, m2), (true_mean, true_m2) = actual, expected
     share = max(1e-3, count**-0.5) if dtype == torch.float32 else 1
+    products, true_products = m2, true_m2
     if m2.dim() == 3:
-        if not torch.equal(m2, m2.mT):
-            return False
-        # Errors of a sum of products relative to what its two channels could make it at most.
-        products, true_products = m2, true_m2
-        m2, true_m2 = m2.diagonal(dim1=1, dim2=2), true_m2.diagonal(dim1=1, dim2=2)
-        most = (true_m2.unsqueeze(1) * true_m2.unsqueeze(2)).sqrt()
-        most = most + share * most.amax((1, 2), keepdim=True) if most.numel() else most
-        if ((products - true_products).abs() > 4 * tolerance(dtype, 1000) * most).any():
-            return False
+        m2, true_m2 = (m.diagonal(dim1=1, dim2=2) for m in (m2, true_m2))
     size = (true_mean.square() + true_m2 / count).mean().sqrt()
     sigma = (true_m2 / count).sqrt() + share * size
-    limit = 4 * tolerance(dtype, 1000)
+    limit, most = 4 * tolerance(dtype, 1000), true_m2 + count * sigma**2
+    if products.dim() == 3:
+        # Sums of products, relative to what their two channels could make of them at most.
+        most = (most.unsqueeze(1) * most.unsqueeze(2)).sqrt()
+        if not torch.equal(products, products.mT):
+            return False
     return bool(
         ((mean - true_mean).abs() <= limit * sigma).all()
-        and ((m2 - true_m2).abs() <= limit * (true_m2 + count * sigma**2)).all()
+        and ((products - true_products).abs() <= limit * most).all()
     )
 
 

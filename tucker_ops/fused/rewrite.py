@@ -276,37 +276,19 @@ class Rewriter:
         side_by_side = u_in is None and all(width % SIDE_BY_SIDE == 0 for width in widths[:-1])
         if u_in is None and not side_by_side:
             u_in = self.product(arithmetic.identity, core)
-        sources, expand, scale, shift, slope, reduce, in_bias, begin = [], [], [], [], [], [], None, 0
-        for part, width in zip(parts, widths, strict=True):
-            end, matrix = begin + width, u_in
-            pending = part.below if isinstance(part, Upsampled) else part
-            if isinstance(part, Upsampled):
-                weight = self.transposed_weight(part)
-                matrix = self.product(arithmetic.upsampling, u_in, begin, end, weight)
-                up_bias = self.weight(part.target, "bias")
-                if up_bias is not None:
-                    place = (begin, end, spec.in_channels)
-                    in_bias = self.product(arithmetic.carried_bias, u_in, *place, up_bias, in_bias)
-            elif len(parts) > 1 and u_in is not None:
-                matrix = self.product(arithmetic.columns, u_in, begin, end)
-            sources.append(self.block_values(pending))
-            expand.append(pending.expand)
-            scale.append(pending.scale)
-            shift.append(pending.shift)
-            slope.append(float(pending.slope))
-            reduce.append(matrix)
-            begin = end
+        reads = [part.below if isinstance(part, Upsampled) else part for part in parts]
+        reduce, in_bias = self._reduced(parts, widths, u_in)
         stats = "covariance" if in_rank_space else "channel" if normed else "none"
         returned = all(user.op == "output" for user in node.users)
         # Of a result in bfloat16 the input's dtype would be made at once.
         as_input = returned and self.dtype == torch.bfloat16
         result = self.call(
             _BLOCK,
-            sources,
-            expand,
-            scale,
-            shift,
-            slope,
+            [self.block_values(read) for read in reads],
+            [read.expand for read in reads],
+            [read.scale for read in reads],
+            [read.shift for read in reads],
+            [float(read.slope) for read in reads],
             reduce,
             in_bias,
             core,
@@ -322,7 +304,7 @@ class Rewriter:
         folded = [f"{len(parts)} sources"] if len(parts) > 1 else []
         if any(isinstance(part, Upsampled) for part in parts):
             folded.append("upsampling and cat")
-        if any(not (p.below if isinstance(p, Upsampled) else p).is_raw for p in parts):
+        if not all(read.is_raw for read in reads):
             folded.append("norm and activation before it")
         if in_rank_space:
             folded.append(f"output kept in rank space, {module.ranks[1]} of {spec.out_channels} channels")
@@ -333,6 +315,25 @@ class Rewriter:
         if not normed:
             return Pending(values, from_block=True, is_result=as_input)
         return Pending(values, mean=mean, m2=m2, expand=u_out if in_rank_space else None, from_block=True)
+
+    def _reduced(
+        self, parts: tuple[Pending | Upsampled, ...], widths: tuple[int, ...], u_in: fx.Node | None
+    ) -> tuple[list[fx.Node | None], fx.Node | None]:
+        """For every part the matrix that makes the core's input of it, upsampling multiplied in, and the in_bias."""
+        matrices, in_bias, begin = [], None, 0
+        for part, width in zip(parts, widths, strict=True):
+            end, matrix = begin + width, u_in
+            if isinstance(part, Upsampled):
+                weight, bias = self.transposed_weight(part), self.weight(part.target, "bias")
+                matrix = self.product(arithmetic.upsampling, u_in, begin, end, weight)
+                if bias is not None:
+                    place = (begin, end, sum(widths))
+                    in_bias = self.product(arithmetic.carried_bias, u_in, *place, bias, in_bias)
+            elif len(parts) > 1 and u_in is not None:
+                matrix = self.product(arithmetic.columns, u_in, begin, end)
+            matrices.append(matrix)
+            begin = end
+        return matrices, in_bias
 
     def _pays_in_rank_space(self, node: fx.Node, module: nn.Module) -> bool:
         """Does it save memory at the peak, and is every reader behind the norm a convolution that can expand it?"""
