@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize wheel clean
+.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize emulate wheel clean
 
 demo: $(READY)
 	$(BIN)/tucker-ops demo -o demo_out
@@ -43,6 +43,13 @@ sanitize: $(READY)
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/ops/test_tucker_conv.py tests/ops/test_cpu_weights.py \
 		tests/ops/test_tucker_block.py tests/ops/test_tucker_merge.py \
 		-k "not gradcheck and not fork"
+
+# The kernels of AVX-512 and AMX in an emulator of a processor that has them; EVERY=10 runs a tenth of the problems.
+emulate: $(READY)
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_EMULATED=ON \
+		-DTORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
+	$(BIN)/cmake --build build/emulated --target emulated machine
+	$(BIN)/python tests/emulated/emulate.py build/emulated --every $(or $(EVERY),1)
 
 wheel: $(READY)
 	rm -rf $(DIST) && mkdir -p $(DIST)

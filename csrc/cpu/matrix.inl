@@ -1,6 +1,10 @@
 // Tile registers of AMX, or arrays that behave like them: 16 rows of 64 bytes. Multiplies voxels × pairs of
 // channels by pairs × output channels; products are exact, sums float32, subnormal numbers read as zero.
 
+#if defined(TUCKER_EMULATED)
+extern int64_t tucker_matrix_stores;  // see tests/emulated
+#endif
+
 namespace tucker_ops::cpu {
 namespace {
 
@@ -40,6 +44,9 @@ class MatrixUnit {
   TUCKER_INLINE void store(float (&to)[kMatrixRows * LANES]) const {
     const int64_t between = sizeof(float) * LANES;
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(between), "i"(I) : "memory");
+#if defined(TUCKER_EMULATED)
+    ++tucker_matrix_stores;
+#endif
   }
   template <int SUM, int VOXELS, int WEIGHTS>
   TUCKER_INLINE void multiply_add() const {
