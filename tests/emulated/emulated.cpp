@@ -97,6 +97,8 @@ float float_of(uint32_t bits) {
 // Matrices are [in][out], behind the axes that choose one of them.
 struct Input {
   int64_t channels = 1, width = 1, factor[3] = {1, 1, 1}, extent[3] = {1, 1, 1};
+  bool reduced = true;           // by a matrix
+  int64_t rows = 0, offset = 0;  // what it makes of the core's channels
   int64_t layout = 0;  // 0: channels last; 1: contiguous; 2: height and width exchanged; 3: rows with a gap
   double slope = 1;
   Values x;  // [batch][voxel][width]
@@ -133,8 +135,11 @@ struct Problem {
     add("batch and channels", {g.batch, g.in_channels, g.rank_in, g.rank_out, g.out_channels});
     // In the order of Geometry.
     add("in out kernel stride padding dilation", {g.in, g.in + 18});
-    for (const Input& s : inputs) add(s.expand.empty() ? "source of" : "expanded source of", {s.factor, s.factor + 3});
-    add("reduced convolved expanded", {g.reduced, g.convolved, g.expanded});
+    for (const Input& s : inputs) {
+      add(s.expand.empty() ? "source of" : "expanded source of", {s.factor, s.factor + 3});
+      add("reduced rows offset", {s.reduced, s.rows, s.offset});
+    }
+    add("convolved expanded", {g.convolved, g.expanded});
     add("bias in_bias", {!bias.empty(), !in_bias.empty()});
     add("statistics covariance", {statistics, g.covariance});
     add("float_values contiguous nan threads", {float_values, contiguous, nan, threads});
@@ -174,6 +179,16 @@ bool choose(Problem& p, Random& r) {
   if (*p.way == 'w')
     for (int axis : {1, 2}) g.kernel[axis] = 3, g.stride[axis] = g.dilation[axis] = 1;
   if (r.chance(33)) g.in[0] = g.kernel[0] = g.stride[0] = g.dilation[0] = 1, g.padding[0] = 0;
+  const bool reduced = !block || r.chance(80);
+  const int64_t count = block && reduced ? r.one_of<int64_t>({1, 1, 2, 3, 4}) : 1;
+  const bool side_by_side = count > 1 && r.chance(40);
+  std::vector<int64_t> rows(count);
+  if (side_by_side) {
+    g.rank_in = 0;
+    for (int64_t i = 0; i < count; ++i) g.rank_in += rows[i] = i + 1 < count ? kOffsets : channels();
+  } else {
+    std::fill(rows.begin(), rows.end(), g.rank_in);
+  }
   if (block && r.chance(10)) {
     g.convolved = false;
     g.rank_out = g.rank_in;
@@ -189,18 +204,19 @@ bool choose(Problem& p, Random& r) {
   p.float_values = !p.bfloat16 || r.chance(25);
   p.statistics = r.chance(block ? 70 : 20);
   if (block) {
-    g.reduced = r.chance(80);
     g.expanded = !g.convolved || r.chance(60);
     g.covariance = p.statistics && !g.expanded && r.chance(80);
     if (!g.expanded) g.out_channels = g.rank_out;
   }
-  const int64_t count = block && g.reduced ? r.one_of<int64_t>({1, 1, 2, 3, 4}) : 1;
   double macs = static_cast<double>(g.rank_in) * g.rank_out * p.taps() + g.rank_out * g.out_channels;
   for (int64_t i = 0; i < count; ++i) {
     Input s;
-    s.channels = s.width = g.reduced ? channels() : g.rank_in;
+    s.rows = rows[i];
+    s.offset = side_by_side ? kOffsets * i : 0;
+    s.reduced = reduced && !(side_by_side && r.chance(40));
+    s.channels = s.width = s.reduced ? channels() : s.rows;
     if (block && r.chance(40)) s.width = r.one_of<int64_t>({1, 3, 8, 16, 17});
-    const bool coarse = block && g.reduced && r.chance(50);
+    const bool coarse = block && s.reduced && r.chance(50);
     for (int axis = 0; axis < 3; ++axis) {
       if (coarse) s.factor[axis] = r.one_of<int64_t>({1, 2, 2, 3});
       if (g.in[axis] % s.factor[axis]) s.factor[axis] = 1;
@@ -212,7 +228,7 @@ bool choose(Problem& p, Random& r) {
       s.layout = r.below(4);
     }
     g.in_channels += s.channels;
-    macs += g.reduced ? static_cast<double>(s.channels) * g.rank_in : 0;
+    macs += s.reduced ? static_cast<double>(s.channels) * s.rows : 0;
     p.inputs.push_back(s);
   }
   return macs * g.batch * std::max(p.voxels(), g.in[0] * g.in[1] * g.in[2]) < 3e6 && p.values() < 20000;
@@ -241,13 +257,13 @@ Problem problem(Family family, int number, bool bfloat16) {
       if (family != kConv && r.chance(60)) fill(s.scale, g.batch * s.channels, r, false);
       if (family != kConv && r.chance(60)) fill(s.shift, g.batch * s.channels, r, false);
       if (s.width != s.channels) fill(s.expand, s.width * s.channels, r, bfloat16);
-      if (g.reduced) fill(s.reduce, s.positions() * s.channels * g.rank_in, r, bfloat16);
+      if (s.reduced) fill(s.reduce, s.positions() * s.channels * s.rows, r, bfloat16);
       if (s.layout) s.scale.clear(), s.shift.clear();
     }
     if (g.convolved) fill(p.core, p.taps() * g.rank_in * g.rank_out, r, bfloat16);
     if (g.expanded) fill(p.u_out, g.rank_out * g.out_channels, r, bfloat16);
     if (r.chance(60)) fill(p.bias, g.out_channels, r, bfloat16);
-    if (g.reduced && family != kConv && r.chance(50)) fill(p.in_bias, g.rank_in, r, bfloat16);
+    if (family != kConv && r.chance(50)) fill(p.in_bias, g.rank_in, r, bfloat16);
     return p;
   }
 }
@@ -265,7 +281,7 @@ __attribute__((target_clones("avx512f", "default"))) void add_product(double* to
 }
 
 // Input `s` at a voxel of the first stage.
-void add_input(const Problem& p, const Input& s, int64_t n, int64_t d, int64_t h, int64_t w, double* to) {
+void add_input(const Input& s, int64_t n, int64_t d, int64_t h, int64_t w, double* to) {
   const int64_t *f = s.factor, *e = s.extent;
   const double* x = &s.x[(n * s.voxels() + (d / f[0] * e[1] + h / f[1]) * e[2] + w / f[2]) * s.width];
   Values values(x, x + s.width);
@@ -278,11 +294,11 @@ void add_input(const Problem& p, const Input& s, int64_t n, int64_t d, int64_t h
     if (!s.scale.empty()) value *= s.scale[n * s.channels + c];
     if (!s.shift.empty()) value += s.shift[n * s.channels + c];
     if (!(value > 0)) value *= s.slope;
-    if (!p.g.reduced) to[c] = value;
+    if (!s.reduced) to[s.offset + c] += value;
   }
   const int64_t position = (d % f[0] * f[1] + h % f[1]) * f[2] + w % f[2];
-  const int64_t rank = p.g.rank_in;
-  if (p.g.reduced) add_product(to, values.data(), s.channels, &s.reduce[position * s.channels * rank], rank);
+  if (s.reduced)
+    add_product(to + s.offset, values.data(), s.channels, &s.reduce[position * s.channels * s.rows], s.rows);
 }
 
 Result exact(const Problem& p) {
@@ -298,7 +314,7 @@ Result exact(const Problem& p) {
         for (int64_t w = 0; w < g.in[2]; ++w, to += g.rank_in) {
           std::fill_n(to, g.rank_in, 0.0);
           std::copy(p.in_bias.begin(), p.in_bias.end(), to);
-          for (const Input& s : p.inputs) add_input(p, s, n, d, h, w, to);
+          for (const Input& s : p.inputs) add_input(s, n, d, h, w, to);
         }
     for (int64_t voxel = 0; voxel < voxels; ++voxel) {
       const int64_t at[] = {voxel / (g.out[1] * g.out[2]), voxel / g.out[2] % g.out[1], voxel % g.out[2]};
@@ -405,18 +421,24 @@ Result run_as(const Problem& p, const char* isa) {
     source.scale = memory.copy<float>(s.scale);
     source.shift = memory.copy<float>(s.shift);
     source.slope = s.slope;
+    source.rows = s.rows;
+    source.offset = s.offset;
+    source.adds = &s != &p.inputs[0] && s.rows == g.rank_in;
     weights.expand.emplace_back();
     if (!s.expand.empty()) {
       weights.expand.back() = view(s.expand, {s.channels, s.width}, {1, s.channels});
       g.source_ranks = std::max(g.source_ranks, s.width);
       g.source_macs += s.width * s.channels;
     }
-    const int64_t r = g.rank_in, c = s.channels;
+    const int64_t r = s.rows, c = s.channels;
+    weights.reduce.emplace_back();
+    if (!s.reduced) continue;
+    g.reduce_macs += r * c;
     if (s.positions() > 1) {
       g.coarse_channels += (c + 15) / 16 * 16;
-      weights.reduce.push_back(view(s.reduce, {s.positions(), r, c}, {c * r, 1, r}));
-    } else if (g.reduced) {
-      weights.reduce.push_back(view(s.reduce, {r, c}, {1, r}));
+      weights.reduce.back() = view(s.reduce, {s.positions(), r, c}, {c * r, 1, r});
+    } else {
+      weights.reduce.back() = view(s.reduce, {r, c}, {1, r});
     }
   }
   const int64_t ranks = g.rank_in * g.rank_out, *k = g.kernel;
