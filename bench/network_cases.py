@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -32,23 +31,32 @@ class Case:
         return "dense" if self.factor is None else f"rank {self.factor:g}"
 
     def network(self) -> nn.Module:
-        return _network(self.build, self.factor)
+        if (self.build, self.factor) not in _NETWORKS:
+            torch.manual_seed(SEED)
+            network = self.build().eval().requires_grad_(False)
+            remember(
+                self,
+                network if self.factor is None else compress(network, CompressionConfig(factor=self.factor)),
+            )
+        return _NETWORKS[self.build, self.factor]
 
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(SEED)
         return torch.randn(1, self.channels, *self.size, generator=generator)
 
 
-@cache
-def _network(build: Callable[[], nn.Module], factor: float | None) -> nn.Module:
-    torch.manual_seed(SEED)
-    network = build().eval().requires_grad_(False)
-    return network if factor is None else compress(network, CompressionConfig(factor=factor))
+# Compressing takes longer than many a measurement.
+_NETWORKS: dict[tuple, nn.Module] = {}
+
+
+def remember(case: Case, network: nn.Module) -> None:
+    """Makes `network` that of the case from now on."""
+    _NETWORKS[case.build, case.factor] = network
 
 
 def forget_networks() -> None:
     """Frees the networks made so far."""
-    _network.cache_clear()
+    _NETWORKS.clear()
 
 
 def block() -> nn.Module:

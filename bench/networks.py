@@ -30,7 +30,16 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.memory import CLEAR_REFS, MALLOC_RETURNS_FREED, _status_bytes
-from bench.network_cases import CASES, FULL, SEED, Case, as_convolutions, block, forget_networks
+from bench.network_cases import (
+    CASES,
+    FULL,
+    SEED,
+    Case,
+    as_convolutions,
+    block,
+    forget_networks,
+    remember,
+)
 from bench.operands import relative_rms
 from bench.peers.of_networks import AS_NNUNET, OURS, PEERS, Call, why_not
 from bench.provenance import provenance
@@ -124,23 +133,27 @@ def peak_bytes(case: Case, peer: str, dtype: str) -> int | None:
     if not CLEAR_REFS.exists():
         return None
     names = [case.name, case.form, peer, dtype, str(torch.get_num_threads())]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.networks", "--peak", *names],
-        capture_output=True,
-        text=True,
-        # Without idle buffers from the call before: they would hide what this one needs.
-        env=os.environ
-        | MALLOC_RETURNS_FREED
-        | {native.POOL_VARIABLE: "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(case.network(), file.name)
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.networks", "--peak", *names, file.name],
+            capture_output=True,
+            text=True,
+            # Without idle buffers from the call before: they would hide what this one needs.
+            env=os.environ
+            | MALLOC_RETURNS_FREED
+            | {native.POOL_VARIABLE: "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
     if done.returncode:
         raise RuntimeError(f"measuring the memory of {names} failed: {done.stderr[-500:]}")
     return int(done.stdout.splitlines()[-1])
 
 
-def _print_peak(name: str, form: str, peer: str, dtype: str, threads: str) -> None:
+def _print_peak(name: str, form: str, peer: str, dtype: str, threads: str, network: str) -> None:
     torch.set_num_threads(int(threads))
     case = next(c for c in FULL if (c.name, c.form) == (name, form))
+    # Our own file of a moment ago, and a whole module.
+    remember(case, torch.load(network, weights_only=False))
     with torch.inference_mode():
         call = PEERS[peer](case, getattr(torch, dtype))
         # The form in which a peer keeps weights is part of the weights. OpenVINO has made it by now, and would keep the
@@ -281,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument("--rows-of", nargs=2, metavar=("CONFIGURATION", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.peak:
