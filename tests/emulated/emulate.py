@@ -103,13 +103,20 @@ def emulator(root: Path) -> tuple[list[str | Path], dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("build", type=Path, help="where CMake has built `emulated` and `machine`")
-    parser.add_argument("--every", default="1", help="only every n-th problem")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every N-th problem [1]")
     parser.add_argument("isa", nargs="*", default=["avx2", "avx512", "avx512_bf16", "amx_bf16"])
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     build = options.build.resolve()
+    if options.every < 1:
+        parser.error(f"--every must be at least 1, got {options.every}")
+    for name in ("emulated", "machine"):
+        if not (build / name).exists():
+            parser.error(f"{build} holds no {name}: build it first, or run `make emulate`")
     if (build / "emulated").stat().st_size > BLOCK_KB * 1024:
         sys.exit(f"{build}/emulated is larger than {BLOCK_KB} KB")
-    native = subprocess.run([build / "emulated", options.every, "avx2"], stdout=subprocess.PIPE, text=True)
+    native = subprocess.run(
+        [build / "emulated", str(options.every), "avx2"], stdout=subprocess.PIPE, text=True
+    )
     print(native.stdout, end="", flush=True)
 
     (build / "arguments").write_text(f"emulated {options.every} {' '.join(options.isa)} ")

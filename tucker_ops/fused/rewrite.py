@@ -25,8 +25,8 @@ from tucker_ops.nn import _TuckerConv, spec_of
 
 _BLOCK = torch.ops.tucker_ops.tucker_block.default
 _MERGE = torch.ops.tucker_ops.tucker_merge.default
-# Rank space saves memory and costs an expansion for every reader, 10 to 25 % of a block's time where the tensor is in
-# the cache anyway. So only tensors of at least this share of the network's largest are kept in it, …
+# Rank space saves memory and costs an expansion in every reader, which nothing makes up for where the tensor is in the
+# cache anyway. So only tensors of at least this share of the network's largest are kept in it, …
 LEAST_SIZE_SHARE = 0.5
 # … and only where ranks are at most this share of the channels.
 LARGEST_RANK_SHARE = 0.75
