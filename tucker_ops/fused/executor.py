@@ -16,7 +16,8 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
 from tucker_ops.backends.select import block_kernels
 from tucker_ops.errors import ConfigError, ConversionError
-from tucker_ops.fused.rewrite import Layer, Rewriter, trace
+from tucker_ops.fused.graphs import trace
+from tucker_ops.fused.rewrite import Layer, Rewriter
 
 FUSE_VARIABLE = "TUCKER_FUSE"
 PRECISION_VARIABLE = "TUCKER_PRECISION"

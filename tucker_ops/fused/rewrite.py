@@ -7,7 +7,6 @@ sum once it is computed; for any other reader the value becomes a tensor first.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from tucker_ops.backends.cpu import MOST_SOURCES, SIDE_BY_SIDE
 from tucker_ops.errors import ConversionError
-from tucker_ops.fused import arithmetic
+from tucker_ops.fused import arithmetic, graphs
+from tucker_ops.fused.values import Concatenated, Pending, Summed, Upsampled, Value
 from tucker_ops.nn import _TuckerConv, spec_of
 
 _BLOCK = torch.ops.tucker_ops.tucker_block.default
@@ -43,80 +43,6 @@ class Layer:
     reason: str
 
 
-@dataclass(frozen=True)
-class Pending:
-    """values, a norm (scale and shift, or none) and a LeakyReLU (slope, 1 for none) that its reader applies.
-
-    ``expand``: u_out, by which values in rank space are multiplied before that. ``from_block``: values are a block's,
-    in the dtype in which blocks compute, or in that of the input where they are the network's result (``is_result``).
-    """
-
-    values: fx.Node
-    scale: fx.Node | None = None
-    shift: fx.Node | None = None
-    slope: float = 1.0
-    mean: fx.Node | None = None
-    m2: fx.Node | None = None
-    expand: fx.Node | None = None
-    from_block: bool = False
-    is_result: bool = False
-
-    @property
-    def is_normed(self) -> bool:
-        return self.scale is not None or self.slope != 1.0
-
-    @property
-    def is_raw(self) -> bool:
-        return self.expand is None and not self.is_normed
-
-
-@dataclass(frozen=True)
-class Upsampled:
-    """A transposed convolution whose kernel equals its stride, not computed yet."""
-
-    below: Pending
-    module: nn.Module
-    target: str
-    channels: int
-
-
-@dataclass(frozen=True)
-class Concatenated:
-    """Values side by side along channels."""
-
-    parts: tuple[Pending | Upsampled, ...]
-    channels: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Summed:
-    """A residual addition and the LeakyReLU behind it (slope, 1 for none), not computed yet."""
-
-    parts: tuple[Pending, ...]
-    slope: float = 1.0
-
-
-Value = Pending | Upsampled | Concatenated | Summed
-
-
-class _Tracer(fx.Tracer):
-    """Sees our convolutions as leaves, like torch's own modules."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _TuckerConv) or super().is_leaf_module(module, name)
-
-
-def trace(model: nn.Module) -> fx.Graph:
-    """The graph of `model`'s forward; ConversionError, with the reason, where torch.fx cannot follow it."""
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:  # whatever the model's code raises on symbolic values
-        first = str(error).splitlines()[0] if str(error) else ""
-        raise ConversionError(
-            f"torch.fx cannot follow the forward of {type(model).__name__} ({type(error).__name__}: {first})"
-        ) from error
-
-
 @dataclass
 class Rewriter:
     """One rewrite of `old`, the graph of `model`, into `new`.
@@ -135,7 +61,7 @@ class Rewriter:
     sizes: dict[fx.Node, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.sizes = _sizes(self.model, self.old)
+        self.sizes = graphs.sizes(self.model, self.old)
 
     def run(self) -> fx.Graph:
         for node in self.old.nodes:
@@ -255,14 +181,14 @@ class Rewriter:
             return self.left(node, module, str(error))
         if spec.groups != 1:
             return self.left(node, module, f"{spec.groups} groups")
-        if not _has_own_forward(module):
+        if not graphs.has_own_forward(module):
             return self.left(node, module, "has a forward or a weight of another class")
         tucker = isinstance(module, _TuckerConv)
         core = self.weight(node.target, "core" if tucker else "weight")
         u_in = self.weight(node.target, "u_in") if tucker else None
         u_out = self.weight(node.target, "u_out") if tucker else None
         readers = [self.model.get_submodule(u.target) for u in node.users if u.op == "call_module"]
-        normed = any(_computes_statistics(reader) for reader in readers)
+        normed = any(graphs.computes_statistics(reader) for reader in readers)
         # A bias cancels in a norm of the convolution's own output.
         only_normed = normed and len(node.users) == 1
         bias = None if only_normed else self.weight(node.target, "bias")
@@ -346,7 +272,7 @@ class Rewriter:
 
     def _readers_behind_norm(self, node: fx.Node) -> list[fx.Node]:
         readers: list[fx.Node] = []
-        for user in _readers_behind_cat(node):
+        for user in graphs.readers_behind_cat(node):
             if user.op == "call_module" and isinstance(self.model.get_submodule(user.target), _POINTWISE):
                 readers += self._readers_behind_norm(user)
             else:
@@ -374,9 +300,9 @@ class Rewriter:
             return self.left(
                 node, module, "its kernel is not its stride, so its outputs overlap or leave gaps"
             )
-        if not _has_own_forward(module):
+        if not graphs.has_own_forward(module):
             return self.left(node, module, "has a forward or a weight of another class")
-        if not all(self._is_wide_convolution(user) for user in _readers_behind_cat(node)):
+        if not all(self._is_wide_convolution(user) for user in graphs.readers_behind_cat(node)):
             return self.left(node, module, "read by something else than convolutions of the same network")
         self.fused(node, module, "multiplied into the convolution that reads it")
         return Upsampled(value, module, node.target, spec.out_channels)
@@ -498,43 +424,3 @@ _MODULES: tuple[tuple[type | tuple[type, ...], Callable], ...] = (
     (nn.LeakyReLU, Rewriter.leaky_relu),
     (_PASSED_ON, Rewriter.passed_on),
 )
-
-
-def _sizes(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, float]:
-    """Values of every hidden convolution's output per voxel of the network's input, strides as they would divide it.
-
-    A result is not among them: when it is written, hardly anything else is alive.
-    """
-    density: dict[fx.Node, float] = {}
-    sizes: dict[fx.Node, float] = {}
-    for node in graph.nodes:
-        density[node] = max((density[read] for read in node.all_input_nodes), default=1.0)
-        module = model.get_submodule(node.target) if node.op == "call_module" else None
-        if isinstance(module, (nn.modules.conv._ConvNd, _TuckerConv)):
-            steps = math.prod(module.stride)
-            density[node] *= steps if module.transposed else 1 / steps
-            if any(user.op != "output" for user in node.users):
-                sizes[node] = density[node] * module.out_channels
-    return sizes
-
-
-def _computes_statistics(module: nn.Module) -> bool:
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return isinstance(module, _InstanceNorm) and not module.track_running_stats and not hooked
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    """Is it a plain convolution, not a subclass that computes something else or derives its weight?"""
-    plain = next(
-        cls for cls in type(module).__mro__ if cls.__module__ in ("torch.nn.modules.conv", "tucker_ops.nn")
-    )
-    name = "core" if isinstance(module, _TuckerConv) else "weight"
-    return type(module).forward is plain.forward and name in module._parameters
-
-
-def _readers_behind_cat(node: fx.Node) -> list[fx.Node]:
-    readers: list[fx.Node] = []
-    for user in node.users:
-        is_cat = user.op == "call_function" and user.target in (torch.cat, torch.concat)
-        readers += list(user.users) if is_cat else [user]
-    return readers
