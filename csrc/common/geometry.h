@@ -15,7 +15,7 @@ struct Geometry {
   int64_t reduce_macs = 0;  // multiply-adds per voxel of the first stage
   // Sources in rank space: the most ranks that one has, and multiply-adds per voxel that expand all of them.
   int64_t source_ranks = 0, source_macs = 0;
-  int64_t coarse_channels = 0;  // of sources with smaller extents, those of each rounded up to 16
+  int64_t coarse_channels = 0;  // of sources with smaller extents, those of each rounded up to the most lanes of any vector
   int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
 };
 

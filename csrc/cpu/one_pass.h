@@ -19,8 +19,9 @@ struct Tiles {
   int64_t row_tiles, col_tiles;  // tiles that cover the output plane
 };
 
-// One of the tensors that the first stage sums up, or puts side by side. Its extents are those of the input divided by `factor`; where that
-// is not 1 there is a matrix for every position within the factor, as in a transposed convolution of that stride.
+// One of the tensors that the first stage sums up, or puts side by side. Its extents are those of the input divided by
+// `factor`; where that is not 1 there is a matrix for every position within the factor, as in a transposed convolution of
+// that stride.
 struct Source {
   const void* x = nullptr;
   Strides strides{};
@@ -31,11 +32,11 @@ struct Source {
   float slope = 1;                // of the LeakyReLU after it; 1 if there is none
   const float* reduce = nullptr;  // packed matrices, `reduce_floats` apart; null: the values are the first stage's output
   int64_t reduce_floats = 0;
-  int64_t offset = 0, rows = 0;  // channels of the first stage's output that it makes; the offset is a multiple of kOffsets
+  int64_t offset = 0, rows = 0;  // channels of the first stage's output that it makes; the offset is a multiple of kMostLanes
   bool adds = false;             // to what sources before it made of the same channels
 };
 constexpr int64_t kMostSources = 4;
-constexpr int64_t kOffsets = 16;  // the most lanes of any vector
+constexpr int64_t kMostLanes = 16;  // of any vector
 
 // Weights are packed by weights.cpp: blocks of 2·lanes output channels (the last one may be of 1·lanes), each
 // [reduction][channels of the block], zero-filled. The reduction runs over units of channels: float32 values, or pairs

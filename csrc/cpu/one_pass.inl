@@ -196,7 +196,7 @@ struct Worker {
     }
     U* kept = reinterpret_cast<U*>(scratch + at.coarse);
     for (int64_t i = 0; i < index; ++i)
-      if (is_coarse(p.sources[i])) kept += ceil_div(p.sources[i].channels, 16) * 16 * (tiles.cols_in + 1);
+      if (is_coarse(p.sources[i])) kept += ceil_div(p.sources[i].channels, kMostLanes) * kMostLanes * (tiles.cols_in + 1);
     lda = ceil_div(s.channels, LANES) * kUnits<U>;
     const int64_t tag = d / s.factor[0] * g.in[1] + h / s.factor[1];
     if (coarse_tags[index] == tag) return kept;

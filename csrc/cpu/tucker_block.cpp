@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
       source.factor[3 - ndim + axis] = factor;
       positions *= factor;
     }
-    if (positions > 1) g.coarse_channels += ceil_div(source.channels, 16) * 16;
+    if (positions > 1) g.coarse_channels += ceil_div(source.channels, kMostLanes) * kMostLanes;
     STD_TORCH_CHECK(source.strides.channel == 1 || source.width == 1, kOp, ": sources must be channels-last");
     // A single channel is contiguous whatever its stride says.
     source.strides.channel = 1;
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
     source.offset = side_by_side ? offset : 0;
     source.adds = !side_by_side && i > 0;
     offset += source.rows;
-    STD_TORCH_CHECK((side_by_side || (reduce[i] && source.rows == g.rank_in)) && source.offset % kOffsets == 0, kOp,
-                    ": sources must make all channels of the core each, or its channels side by side in multiples of ", kOffsets);
+    STD_TORCH_CHECK((side_by_side || (reduce[i] && source.rows == g.rank_in)) && source.offset % kMostLanes == 0, kOp,
+                    ": sources must make all channels of the core each, or its channels side by side in multiples of ", kMostLanes);
     if (!reduce[i]) continue;
     g.reduce_macs += source.rows * source.channels;
     const Tensor& matrix = *reduce[i];

@@ -185,7 +185,7 @@ bool choose(Problem& p, Random& r) {
   std::vector<int64_t> rows(count);
   if (side_by_side) {
     g.rank_in = 0;
-    for (int64_t i = 0; i < count; ++i) g.rank_in += rows[i] = i + 1 < count ? kOffsets : channels();
+    for (int64_t i = 0; i < count; ++i) g.rank_in += rows[i] = i + 1 < count ? kMostLanes : channels();
   } else {
     std::fill(rows.begin(), rows.end(), g.rank_in);
   }
@@ -212,7 +212,7 @@ bool choose(Problem& p, Random& r) {
   for (int64_t i = 0; i < count; ++i) {
     Input s;
     s.rows = rows[i];
-    s.offset = side_by_side ? kOffsets * i : 0;
+    s.offset = side_by_side ? kMostLanes * i : 0;
     s.reduced = reduced && !(side_by_side && r.chance(40));
     s.channels = s.width = s.reduced ? channels() : s.rows;
     if (block && r.chance(40)) s.width = r.one_of<int64_t>({1, 3, 8, 16, 17});
@@ -435,7 +435,7 @@ Result run_as(const Problem& p, const char* isa) {
     if (!s.reduced) continue;
     g.reduce_macs += r * c;
     if (s.positions() > 1) {
-      g.coarse_channels += (c + 15) / 16 * 16;
+      g.coarse_channels += ceil_div(c, kMostLanes) * kMostLanes;
       weights.reduce.back() = view(s.reduce, {s.positions(), r, c}, {c * r, 1, r});
     } else {
       weights.reduce.back() = view(s.reduce, {r, c}, {1, r});
