@@ -5,6 +5,11 @@ Environment variables
     TUCKER_NATIVE=0     do not build it; the reference backend works, and `tucker_ops.backends()` says why
                         the others do not
     (unset)             build it if that works; else install without it and note the reason
+    TUCKER_CUDA=1       the CUDA kernels must build as well, or the installation fails
+    TUCKER_CUDA=0       leave them out
+    (unset)             build them if nvcc is found; else, or if that fails, note the reason
+    CUDACXX             nvcc, as for CMake
+    TUCKER_CUDA_ARCHITECTURES   e.g. 90-real for one card only, which compiles three times faster; default 75-real;80-real;90
     CXX                 the C++20 compiler, as for CMake
     TUCKER_SANITIZE     e.g. address,undefined
 """
@@ -30,6 +35,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 STATUS = "_build_status.json"
+CUDA_LIBRARY = "libtucker_ops_cuda.so"
 
 
 class Unbuildable(Exception):
@@ -77,8 +83,27 @@ def torch_folder() -> tuple[str, Path]:
     return version, Path(folder)
 
 
-def build_native(target: Path) -> str:
-    """Compile into `target`; returns a line on what was built, raises Unbuildable otherwise."""
+def switch(name: str) -> str:
+    mode = os.environ.get(name, "")
+    if mode not in ("", "0", "1"):
+        raise SystemExit(f"tucker_ops: {name} must be 0, 1 or unset, got {mode!r}")
+    return mode
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    print(result.stdout)
+    if result.returncode:
+        errors = [
+            line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)
+        ]
+        raise Unbuildable((errors or result.stdout.splitlines() or ["no output"])[0].strip())
+
+
+def build_native(target: Path) -> dict[str, str]:
+    """Compile into `target`; returns what to note of it, raises Unbuildable where nothing could be built."""
     cxx = compiler()
     torch_version, torch_path = torch_folder()
     # One folder per torch, compiler and Python: isolated and plain builds would otherwise spoil each other's cache.
@@ -95,20 +120,32 @@ def build_native(target: Path) -> str:
         f"-DTORCH_DIR={torch_path}",
         f"-DPYTHON_EXECUTABLE={sys.executable}",
         f"-DTUCKER_SANITIZE={os.environ.get('TUCKER_SANITIZE', '')}",
+        f"-DTUCKER_CUDA_ARCHITECTURES={os.environ.get('TUCKER_CUDA_ARCHITECTURES', '75-real;80-real;90')}",
     ]
     # CMake reads CXX from the environment at the first configuration.
     environment = {**os.environ, "CXX": cxx}
-    for command in (configure, [cmake(), "--build", str(build)], [cmake(), "--install", str(build)]):
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        print(result.stdout)
-        if result.returncode:
-            errors = [
-                line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)
-            ]
-            raise Unbuildable((errors or result.stdout.splitlines() or ["no output"])[0].strip())
-    return f"compiled by {cxx} against torch {torch_version}"
+    cuda = switch("TUCKER_CUDA")
+    modes = {"0": ("OFF",), "1": ("ON",), "": ("AUTO", "OFF")}[cuda]
+    reason = "switched off by TUCKER_CUDA=0 at installation" if cuda == "0" else "no CUDA compiler (nvcc) was found"
+    for mode in modes:
+        try:
+            run([*configure, f"-DTUCKER_CUDA={mode}"], environment)
+            run([cmake(), "--build", str(build)], environment)
+            run([cmake(), "--install", str(build)], environment)
+            break
+        except Unbuildable as error:
+            if mode != "AUTO":
+                raise
+            # Whatever CUDA's part in it: without CUDA it may build yet.
+            reason = f"it did not build: {error}"
+            (target / CUDA_LIBRARY).unlink(missing_ok=True)
+    built = (target / CUDA_LIBRARY).exists()
+    return {
+        "native": "built",
+        "reason": f"compiled by {cxx} against torch {torch_version}",
+        "cuda": "built" if built else "absent",
+        "cuda_reason": f"compiled with nvcc against torch {torch_version}" if built else reason,
+    }
 
 
 class BuildModules(build_py):
@@ -128,21 +165,21 @@ class BuildNative(build_ext):
             ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         ) / "tucker_ops"
         target.mkdir(parents=True, exist_ok=True)
-        mode = os.environ.get("TUCKER_NATIVE", "")
-        if mode not in ("", "0", "1"):
-            raise SystemExit(f"tucker_ops: TUCKER_NATIVE must be 0, 1 or unset, got {mode!r}")
-        for stale in [*target.glob("libtucker_ops_native.so"), *target.glob("_host.*.so")]:
+        mode = switch("TUCKER_NATIVE")
+        if mode == "0" and switch("TUCKER_CUDA") == "1":
+            raise SystemExit("tucker_ops: TUCKER_CUDA=1 needs the compiled extension, which TUCKER_NATIVE=0 leaves out")
+        for stale in [*target.glob("libtucker_ops_*.so"), *target.glob("_host.*.so")]:
             stale.unlink()
         try:
             if mode == "0":
                 raise Unbuildable("switched off by TUCKER_NATIVE=0 at installation")
-            status = {"native": "built", "reason": build_native(target)}
+            status = build_native(target)
         except (Unbuildable, OSError) as error:
-            if mode == "1":
+            if mode == "1" or os.environ.get("TUCKER_CUDA") == "1":
                 raise SystemExit(
-                    f"tucker_ops: TUCKER_NATIVE=1, but the extension does not build: {error}"
+                    f"tucker_ops: TUCKER_NATIVE=1 or TUCKER_CUDA=1, but the extension does not build: {error}"
                 ) from None
-            status = {"native": "absent", "reason": str(error)}
+            status = {"native": "absent", "reason": str(error), "cuda": "absent", "cuda_reason": str(error)}
             print(f"tucker_ops: installing without the compiled extension: {error}", file=sys.stderr)
         (target / STATUS).write_text(json.dumps(status, indent=1) + "\n")
 

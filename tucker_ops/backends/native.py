@@ -16,6 +16,7 @@ from tucker_ops.types import Problem
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 LIBRARY = _PACKAGE / "libtucker_ops_native.so"
+CUDA_LIBRARY = _PACKAGE / "libtucker_ops_cuda.so"
 STATUS = _PACKAGE / "_build_status.json"
 ISA_VARIABLE = "TUCKER_CPU_ISA"
 CORE_VARIABLE = "TUCKER_CPU_CORE"
@@ -34,6 +35,21 @@ def load() -> Verdict:
     except OSError as error:
         return Verdict(False, f"the compiled extension does not load with torch {torch.__version__}: {error}")
     return Verdict(True, f"compiled extension with {', '.join(isas())} kernels")
+
+
+@cache
+def load_cuda() -> Verdict:
+    """Load the CUDA kernels once, with or without a GPU; a no says why not."""
+    if not CUDA_LIBRARY.exists():
+        status = build_status()
+        return Verdict(
+            False, f"the CUDA kernels were not compiled: {status.get('cuda_reason', status['reason'])}"
+        )
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return Verdict(False, f"the CUDA kernels do not load with torch {torch.__version__}: {error}")
+    return Verdict(True, "compiled CUDA kernels")
 
 
 @cache
@@ -87,7 +103,7 @@ def tiles(problem: Problem) -> tuple[int, int, int]:
 
 
 def build_status() -> dict[str, str]:
-    """What setup.py noted about the build: {"native": "built" or "absent", "reason": …}."""
+    """What setup.py noted: {"native": "built" or "absent", "reason": …}, and so "cuda" and "cuda_reason"."""
     try:
         return json.loads(STATUS.read_text())
     except (OSError, ValueError):

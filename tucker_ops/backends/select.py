@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
+from tucker_ops.backends.cuda import CUDA, MOST_SOURCES
 from tucker_ops.backends.reference import REFERENCE
 from tucker_ops.errors import BackendError
 from tucker_ops.ops.block import block_memory_format, block_problem_of, split_call
@@ -23,7 +24,7 @@ from tucker_ops.ops.reference import merge
 from tucker_ops.ops.schema import LIBRARY
 from tucker_ops.types import BlockProblem, Problem
 
-ORDER: tuple[Backend, ...] = (CPU, REFERENCE)
+ORDER: tuple[Backend, ...] = (CUDA, CPU, REFERENCE)
 
 
 @dataclass(frozen=True)
@@ -190,9 +191,12 @@ def _tucker_merge(values, scale, shift, slope, out_slope):
     last = block_memory_format(values[0].dim() - 2, False)
     values = [value.contiguous(memory_format=last) for value in values]
     same = all(value.shape == values[0].shape for value in values)
-    if same and block_kernels(values[0].device.type, values[0].dtype):
+    on_gpu = values[0].is_cuda
+    few = not on_gpu or len(values) <= MOST_SOURCES
+    if same and few and block_kernels(values[0].device.type, values[0].dtype):
         scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
-        return torch.ops.tucker_ops._tucker_merge_cpu(values, scale, shift, slope, out_slope)
+        kernel = torch.ops.tucker_ops._tucker_merge_cuda if on_gpu else torch.ops.tucker_ops._tucker_merge_cpu
+        return kernel(values, scale, shift, slope, out_slope)
     return merge(values, scale, shift, slope, out_slope).contiguous(memory_format=last)
 
 

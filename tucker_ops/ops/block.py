@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tucker_ops.errors import DeviceError, DtypeError, RankError, ShapeError, TuckerOpsError
 from tucker_ops.ops.check import DTYPES, check_tensors, ntuple
-from tucker_ops.ops.schema import LIBRARY
+from tucker_ops.ops.schema import CUDA_ARGUMENTS, LIBRARY
 from tucker_ops.types import BlockProblem
 
 STATS = ("none", "channel", "covariance")
@@ -46,6 +46,11 @@ LIBRARY.define(
 LIBRARY.define(
     f"_tucker_block_cpu({_SOURCES}, Tensor? in_bias, Tensor core, int[] stride, int[] padding, int[] dilation, "
     f"{_REST}) -> {_RETURNS}",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    f"_tucker_block_cuda({_SOURCES}, Tensor? in_bias, Tensor core, int[] stride, int[] padding, int[] dilation, "
+    f"Tensor? u_out, Tensor? bias, str stats, bool float32_values, {CUDA_ARGUMENTS}) -> {_RETURNS}",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -213,6 +218,12 @@ def _(*args, backend=None):
 @torch.library.register_fake("tucker_ops::_tucker_block_cpu", lib=LIBRARY)
 def _(*args):
     return _empty_outputs(*args)
+
+
+@torch.library.register_fake("tucker_ops::_tucker_block_cuda", lib=LIBRARY)
+def _(*args):
+    *call, float32_values, _device, _choice = args
+    return _empty_outputs(*call, False, float32_values)
 
 
 def no_backward(ctx, *grads):

@@ -17,7 +17,8 @@ from tucker_ops.ops.schema import LIBRARY
 _ARGUMENTS = "Tensor[] values, Tensor?[] scale, Tensor?[] shift, float[] slope, float out_slope"
 
 LIBRARY.define(f"tucker_merge({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define(f"_tucker_merge_cpu({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+for _name in ("_tucker_merge_cpu", "_tucker_merge_cuda"):
+    LIBRARY.define(f"{_name}({_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def check_merge(values, scale, shift, slope, out_slope) -> None:
@@ -66,4 +67,5 @@ def _empty_output(values, scale, shift, slope, out_slope) -> Tensor:
 
 torch.library.register_fake("tucker_ops::tucker_merge", _empty_output, lib=LIBRARY)
 torch.library.register_fake("tucker_ops::_tucker_merge_cpu", _empty_output, lib=LIBRARY)
+torch.library.register_fake("tucker_ops::_tucker_merge_cuda", _empty_output, lib=LIBRARY)
 torch.library.register_autograd("tucker_ops::tucker_merge", no_backward, lib=LIBRARY)

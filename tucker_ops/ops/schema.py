@@ -28,6 +28,15 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+# `device`: capability such as 90, multiprocessors, bytes of shared memory of a block and of a multiprocessor. `choice`:
+# empty, or 1 where TF32 will do for float32 and 0 where not, and after it what `tucker_ops.backends.cuda.Choice` says.
+CUDA_ARGUMENTS = "int[] device, int[] choice"
+LIBRARY.define(
+    f"_tucker_conv_cuda({_TENSORS}, Tensor? bias, int[] stride, int[] padding, int[] dilation, {CUDA_ARGUMENTS}) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
 
 def _empty_output(input, u_in, core, u_out, bias, stride, padding, dilation) -> Tensor:
     problem = problem_of(input, u_in, core, u_out, bias, stride, padding, dilation)
@@ -43,6 +52,14 @@ def _(input, u_in, core, u_out, bias=None, stride=(1,), padding=(0,), dilation=(
 @torch.library.register_fake("tucker_ops::_tucker_conv_cpu", lib=LIBRARY)
 def _(input, u_in, core, u_out, bias, stride, padding, dilation):
     return _empty_output(input, u_in, core, u_out, bias, stride, padding, dilation)
+
+
+@torch.library.register_fake("tucker_ops::_tucker_conv_cuda", lib=LIBRARY)
+def _(input, u_in, core, u_out, bias, stride, padding, dilation, device, choice):
+    problem = problem_of(input, u_in, core, u_out, bias, stride, padding, dilation)
+    size = (problem.batch, problem.out_channels, *problem.output_size)
+    layout = torch.channels_last if problem.ndim == 2 else torch.channels_last_3d
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):

@@ -1,0 +1,149 @@
+// Kernels that take little time beside the convolutions: packing weights, merging statistics, covariances, additions.
+#pragma once
+
+#include "stages.cuh"
+
+namespace tucker_ops::cuda {
+
+// Merges what blocks saw, always in the same order: 8 strands of blocks, then the strands.
+struct MergeMoments {
+  using Params = MergeMomentsParams;
+  static constexpr int kStrands = 8, kThreads = 32 * kStrands, kBlocks = 1;
+  static constexpr int kShared = kThreads * 12;
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int lane = thread_index() % 32, strand = thread_index() / 32;
+    const int channel = block_index().x * 32 + lane, n = block_index().y;
+    Moments all{0.0f, 0.0f, 0.0f};
+    if (channel < p.channels) {
+      const Moments* from = p.moments + static_cast<int64_t>(n) * p.blocks * p.channels + channel;
+      for (int b = strand; b < p.blocks; b += kStrands) {
+        const Moments* at = from + static_cast<int64_t>(b) * p.channels;
+        all = merged(all, {load(&at->count), load(&at->mean), load(&at->m2)});
+      }
+    }
+    const uint32_t own = shared_base() + thread_index() * 12;
+    shared_store4(own, as_word(all.count));
+    shared_store4(own + 4, as_word(all.mean));
+    shared_store4(own + 8, as_word(all.m2));
+    barrier();
+    if (strand > 0 || channel >= p.channels) return;
+    for (int other = 1; other < kStrands; ++other) {
+      const uint32_t at = own + other * 32 * 12;
+      all = merged(all, {as_float(shared_load4(at)), as_float(shared_load4(at + 4)), as_float(shared_load4(at + 8))});
+    }
+    store(p.mean + static_cast<int64_t>(n) * p.channels + channel, all.mean);
+    store(p.m2 + static_cast<int64_t>(n) * p.channels + channel, all.m2);
+  }
+};
+
+template <class M>
+struct Pack {
+  using Element = typename M::Element;
+  using Params = PackParams;
+  static constexpr int kThreads = 256, kBlocks = 1;
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int64_t total = p.taps * p.padded_rows * p.pitch;
+    for (int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index(); i < total; i += static_cast<int64_t>(p.blocks) * kThreads) {
+      const int64_t k = i % p.pitch, row = i / p.pitch % p.padded_rows, tap = i / p.pitch / p.padded_rows;
+      Element value = element_of<M>(0.0f);
+      if (row < p.rows && k < p.columns) {
+        value = p.from ? load(static_cast<const Element*>(p.from) + tap * p.tap_stride + row * p.row_stride + k * p.column_stride)
+                       : element_of<M>(row == k ? 1.0f : 0.0f);
+      }
+      store(static_cast<Element*>(p.to) + i, value);
+    }
+  }
+};
+
+// Products of deviations of 16×16 pairs of channels, over a chunk of voxels.
+template <class M>
+struct Covariance {
+  using Element = typename M::Element;
+  using Params = CovarianceParams;
+  static constexpr int kSide = 16, kThreads = kSide * kSide, kBlocks = 1, kStage = 32;
+  static constexpr int kShared = kStage * 2 * kSide * 4;
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int tiles = (p.channels + kSide - 1) / kSide;
+    const int chunk = block_index().x, n = block_index().z;
+    const int first_row = block_index().y / tiles * kSide, first_column = block_index().y % tiles * kSide;
+    const int64_t length = (p.voxels + p.chunks - 1) / p.chunks;
+    const int64_t begin = chunk * length, end = begin + length < p.voxels ? begin + length : p.voxels;
+    const auto* z = static_cast<const Element*>(p.z) + n * p.voxels * p.channels;
+    const int i = thread_index() / kSide, j = thread_index() % kSide;
+    float product = 0.0f, sum = 0.0f;
+    for (int64_t stage = begin; stage < end; stage += kStage) {
+      for (int at = thread_index(); at < kStage * 2 * kSide; at += kThreads) {
+        const int64_t voxel = stage + at / (2 * kSide);
+        const int channel = (at % (2 * kSide) < kSide ? first_row : first_column) + at % kSide;
+        float deviation = 0.0f;
+        if (voxel < end && channel < p.channels)
+          deviation = value_of<M>(load(z + voxel * p.channels + channel)) - value_of<M>(load(z + channel));
+        shared_store4(shared_base() + at * 4, as_word(deviation));
+      }
+      barrier();
+      for (int v = 0; v < kStage; ++v) {
+        const float a = as_float(shared_load4(shared_base() + (v * 2 * kSide + i) * 4));
+        const float b = as_float(shared_load4(shared_base() + (v * 2 * kSide + kSide + j) * 4));
+        product = fmaf(a, b, product);
+        sum += a;
+      }
+      barrier();
+    }
+    const int row = first_row + i, column = first_column + j;
+    if (row >= p.channels || column >= p.channels) return;
+    const int64_t at = static_cast<int64_t>(n) * p.chunks + chunk;
+    store(p.products + (at * p.channels + row) * p.channels + column, product);
+    if (column == 0) store(p.sums + at * p.channels + row, sum);
+  }
+};
+
+template <class M>
+struct MergeCovariance {
+  using Element = typename M::Element;
+  using Params = CovarianceParams;
+  static constexpr int kThreads = 128, kBlocks = 1;
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int pair = block_index().x * kThreads + thread_index(), n = block_index().y;
+    if (pair >= p.channels * p.channels) return;
+    const int i = pair / p.channels, j = pair % p.channels;
+    double product = 0, sum_i = 0, sum_j = 0;
+    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      const int64_t at = static_cast<int64_t>(n) * p.chunks + chunk;
+      product += load(p.products + at * p.channels * p.channels + pair);
+      sum_i += load(p.sums + at * p.channels + i);
+      sum_j += load(p.sums + at * p.channels + j);
+    }
+    const double voxels = static_cast<double>(p.voxels);
+    store(p.m2 + static_cast<int64_t>(n) * p.channels * p.channels + pair, static_cast<float>(product - sum_i * sum_j / voxels));
+    if (j > 0) return;
+    const auto* z = static_cast<const Element*>(p.z) + n * p.voxels * p.channels;
+    store(p.mean + static_cast<int64_t>(n) * p.channels + i, static_cast<float>(value_of<M>(load(z + i)) + sum_i / voxels));
+  }
+};
+
+// y = LeakyReLU(Σ LeakyReLU(scale · value + shift)).
+template <class M>
+struct Merge {
+  using Element = typename M::Element;
+  using Params = MergeParams;
+  static constexpr int kThreads = 256, kBlocks = 1;
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int64_t per_item = p.voxels * p.channels, total = per_item * p.batch;
+    for (int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index(); i < total; i += static_cast<int64_t>(p.blocks) * kThreads) {
+      const int64_t at = i / per_item * p.channels + i % p.channels;
+      float sum = 0.0f;
+      for (int v = 0; v < p.values; ++v) {
+        const float value = value_of<M>(load(static_cast<const Element*>(p.value[v]) + i));
+        sum += activated(value, p.scale[v] ? load(p.scale[v] + at) : 1.0f, p.shift[v] ? load(p.shift[v] + at) : 0.0f, p.slope[v]);
+      }
+      store(static_cast<Element*>(p.y) + i, element_of<M>(sum > 0.0f ? sum : sum * p.out_slope));
+    }
+  }
+};
+
+}  // namespace tucker_ops::cuda

@@ -1,0 +1,99 @@
+"""Choices that were timed, kept as data: a table shipped for each architecture, and one for the user's own card.
+
+A table is JSON, {"problems": {key: [one_pass, form, chunk]}}, the key made by `key_of`. The user's table, which
+`tucker-ops tune` writes, goes before the shipped one; where neither has the problem, the cost model decides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tucker_ops.errors import BackendError
+
+SHIPPED = Path(__file__).parent / "tuned_tables"
+CACHE_VARIABLE = "TUCKER_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where tables of the user's cards lie: TUCKER_CACHE, else tucker_ops in the user's cache folder."""
+    named = os.environ.get(CACHE_VARIABLE)
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else base / "tucker_ops"
+
+
+def table_path(device_name: str) -> Path:
+    """The user's table for a card of this name."""
+    safe = "".join(c if c.isalnum() else "_" for c in device_name)
+    return cache_folder() / "tuned" / f"{safe}.json"
+
+
+def key_of(
+    kind: str,
+    channels: Sequence[int],
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> str:
+    """Names a problem: kind (float16, bfloat16, tf32, float32), batch and channels, extents, geometry."""
+    parts = (channels, size, kernel, stride, padding, dilation)
+    return " ".join([kind, *("x".join(map(str, part)) for part in parts)])
+
+
+def kind_of(dtype: torch.dtype, tf32: bool) -> str:
+    return "tf32" if dtype == torch.float32 and tf32 else str(dtype).removeprefix("torch.")
+
+
+def read(path: Path) -> dict[str, list[int]]:
+    """A table's problems; empty where there is none. BackendError for a file that is no table."""
+    try:
+        problems = json.loads(path.read_text())["problems"]
+        if not all(isinstance(v, list) and len(v) == 3 and all(type(n) is int for n in v) for v in problems.values()):
+            raise ValueError("entries must be three integers")
+        return problems
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BackendError(
+            f"{path} is no table of tuned choices ({error}): delete it, or run tucker-ops tune"
+        ) from None
+
+
+def write(path: Path, problems: dict[str, list[int]], notes: dict[str, str]) -> None:
+    """Writes a table, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({"notes": notes, "problems": problems}, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+    _table.cache_clear()
+
+
+@cache
+def _table(index: int) -> dict[str, list[int]]:
+    properties = torch.cuda.get_device_properties(index)
+    shipped = read(SHIPPED / f"sm_{properties.major}{properties.minor}.json")
+    return {**shipped, **read(table_path(properties.name))}
+
+
+def choice(
+    input: Tensor, u_in: Tensor, core: Tensor, u_out: Tensor, stride, padding, dilation, tf32: bool
+) -> list[int]:
+    """The op's `choice` argument for a call: what a table says, else whether TF32 will do and no more."""
+    channels = (input.shape[0], input.shape[1], *reversed(core.shape[:2]), u_out.shape[0])
+    key = key_of(
+        kind_of(input.dtype, tf32), channels, input.shape[2:], core.shape[2:], stride, padding, dilation
+    )
+    known = _table(input.device.index).get(key)
+    if known is None:
+        return [int(tf32)]
+    one_pass, form, chunk = known
+    return [int(tf32), 1, form, chunk] if one_pass else [int(tf32), 0]
