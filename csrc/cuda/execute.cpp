@@ -198,6 +198,7 @@ GatherParams Execution::gather(const Extents& out) const {
     p.factor[a] = p.kernel[a] = p.stride[a] = p.dilation[a] = 1;
     p.out[a] = out[a];
   }
+  p.slope = 1.0f;
   return p;
 }
 
@@ -342,7 +343,7 @@ void Execution::stream(const StreamChoice& choice) {
   if (moments) statistics(*moments, stream_blocks(p));
 }
 
-// A source in rank space, written out in its channels.
+// A source in rank space, written out in its channels with its norm and activation.
 Values Execution::expanded(size_t i) {
   const Tensor& matrix = *call_.expand[i];
   const int channels = static_cast<int>(matrix.size(0)), ranks = static_cast<int>(matrix.size(1));
@@ -354,6 +355,9 @@ Values Execution::expanded(size_t i) {
   const int pitch = static_cast<int>(round_up(ranks, group_of(kind_)));
   weigh(p.source[0], packed(input<void>(matrix), channels, ranks, pitch, 1, 0, ranks, 1), channels, pitch);
   Values values = gathered(p, channels, std::nullopt);
+  p.scale = static_cast<const float*>(input(call_.scale[i]));
+  p.shift = static_cast<const float*>(input(call_.shift[i]));
+  p.slope = static_cast<float>(call_.slope[i]);
   launch(p, ranks);
   return values;
 }
@@ -367,7 +371,7 @@ Values Execution::first_stage(const std::vector<Values>& sources) {
   Values t = gathered(p, rank_in_, call_.in_bias);
   const auto add = [&](GatherParams& to, size_t i) {
     Source& source = to.source[to.sources++];
-    source = source_of(sources[i], i, true);
+    source = source_of(sources[i], i, !call_.expand[i]);
     const int own = rows_of(i), channels = sources[i].channels;
     const int pitch = static_cast<int>(round_up(channels, group_of(kind_)));
     const int64_t classes = is_coarse(i) ? positions() : 1;

@@ -278,11 +278,14 @@ struct Gather {
           TUCKER_UNROLL
           for (int e = 0; e < 2; ++e) {
             const int column = columns + tile / M::kGroupTiles * M::kGroup + channel_of<M>(M::kGroup, tile % M::kGroupTiles, 2 * q + e);
-            const float bias = p.bias && column < p.columns ? value_of<M>(load(static_cast<const Element*>(p.bias) + column)) : 0.0f;
+            if (column >= p.columns) continue;
+            const int64_t at = static_cast<int64_t>(n) * p.columns + column;
+            const float bias = p.bias ? value_of<M>(load(static_cast<const Element*>(p.bias) + column)) : 0.0f;
+            const float scale = p.scale ? load(p.scale + at) : 1.0f, shift = p.shift ? load(p.shift + at) : 0.0f;
             TUCKER_UNROLL
             for (int t = 0; t < kRows; ++t) {
-              c[t][tile][e] += bias;
-              c[t][tile][2 + e] += bias;
+              TUCKER_UNROLL
+              for (int r = 0; r < 2; ++r) c[t][tile][2 * r + e] = activated(c[t][tile][2 * r + e] + bias, scale, shift, p.slope);
             }
           }
         }

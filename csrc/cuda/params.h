@@ -64,6 +64,9 @@ struct GatherParams {
   int columns;            // of the product
   const void* bias;       // [columns], or null; left out where there is an expansion
   Expansion expansion;    // where the kernel has a third stage
+  // Norm and activation of the columns before they are rounded, [batch, columns]; null and 1 for none.
+  const float *scale, *shift;
+  float slope;
   void* y;
   bool y_is_float;
   bool y_vectors;         // 16-byte stores are aligned
