@@ -10,7 +10,7 @@ import torch
 from tucker_ops.errors import ConfigError
 from tucker_ops.types import ConvSpec
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ extern "C" __attribute__((visibility("default"))) int64_t tucker_ops_cuda_forms(
     const int64_t number = &form - stream_forms(kind).data();
     const bool fits = form.steps_in * step >= numbers[7] && form.steps_out * step >= numbers[8] && form.depth == numbers[16] &&
                       form.stride_depth == numbers[19] && form.stride == numbers[20] && form.least_capability <= numbers[1] &&
-                      stream_shared_bytes(kind, static_cast<int>(number), 1, 1, static_cast<int>(numbers[9]), false) <= numbers[3];
+                      stream_shared_bytes(kind, static_cast<int>(number), static_cast<int>(numbers[9]), false) <= numbers[3];
     if (fits && count < size) forms[count++] = number;
   }
   return count;

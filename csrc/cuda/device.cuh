@@ -11,6 +11,7 @@
 #include "emulation.h"
 #else
 #define TUCKER_DEVICE __device__ __forceinline__
+#define TUCKER_BOTH __host__ __device__
 #define TUCKER_UNROLL _Pragma("unroll")
 #define TUCKER_NO_UNROLL _Pragma("unroll 1")
 

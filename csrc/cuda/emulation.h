@@ -14,6 +14,7 @@
 #include <vector>
 
 #define TUCKER_DEVICE inline
+#define TUCKER_BOTH
 #define TUCKER_UNROLL
 #define TUCKER_NO_UNROLL
 

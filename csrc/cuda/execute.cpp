@@ -249,6 +249,8 @@ const char* Execution::obstacle() const {
     rows += rows_of(i);
     if (call_.sources[i].size(1) % chunk_of(kind_) || !aligned(call_.sources[i].const_data_ptr()) || !aligned(call_.reduce[i]->const_data_ptr()))
       return "the one-pass kernel takes sources and factors in whole 16 bytes";
+    for (const auto& pending : {call_.scale[i], call_.shift[i]})
+      if (pending && !aligned(pending->const_data_ptr())) return "the one-pass kernel takes norms that begin at whole 16 bytes";
   }
   if (call_.sources.size() > 1 && rows == rank_in_) return "the one-pass kernel adds sources, it does not put them side by side";
   if (out_channels_ % chunk_of(kind_)) return "the one-pass kernel writes channels in whole 16 bytes";
@@ -293,7 +295,7 @@ std::optional<StreamChoice> Execution::stream_choice(std::string& reason) const 
     STD_TORCH_CHECK(c[2] >= 0 && c[2] < static_cast<int64_t>(forms.size()) && c[3] > 0, call_.op, ": no form ", c[2], " with chunks of ", c[3]);
     const StreamForm& form = forms[c[2]];
     const int step = step_of(kind_);
-    const int shared = stream_shared_bytes(kind_, static_cast<int>(c[2]), factor_[1], factor_[2], out_channels_, s.moments);
+    const int shared = stream_shared_bytes(kind_, static_cast<int>(c[2]), out_channels_, s.moments);
     STD_TORCH_CHECK(form.steps_in * step >= rank_in_ && form.steps_out * step >= rank_out_ && form.depth == kernel_[0] && form.stride == stride_[1] &&
                         form.stride_depth == stride_[0] && form.least_capability <= device_.capability && shared <= device_.shared_per_block,
                     call_.op, ": form ", c[2], " does not compute this");

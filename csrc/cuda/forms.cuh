@@ -42,9 +42,9 @@ struct KernelsOf {
       return GatherForm{K::kBlockVoxels, K::kBlockColumns, K::kRowWarps * K::kSliceWarps, K::kSliceWarps, K::kExpands};
     });
   }
-  static int stream_shared_bytes(int form, int factor_h, int factor_w, int channels, bool moments) {
+  static int stream_shared_bytes(int form, int channels, bool moments) {
     return StreamForms::visit(form, [&](auto* kernel) {
-      return std::remove_pointer_t<decltype(kernel)>::shared_bytes(factor_h, factor_w, channels, moments);
+      return std::remove_pointer_t<decltype(kernel)>::shared_bytes(channels, moments);
     });
   }
   static int gather_shared_bytes(int form, int channels, bool moments) {
@@ -53,7 +53,7 @@ struct KernelsOf {
   static std::string start_stream(int form, const StreamParams& p, int batch, void* stream) {
     return StreamForms::visit(form, [&](auto* kernel) {
       using K = std::remove_pointer_t<decltype(kernel)>;
-      const int shared = K::shared_bytes(p.factor[1], p.factor[2], p.expansion.channels, p.moments != nullptr);
+      const int shared = K::shared_bytes(p.expansion.channels, p.moments != nullptr);
       return start<K>(p, {stream_blocks(p), batch}, shared, stream);
     });
   }
@@ -87,8 +87,7 @@ struct KernelsOf {
 
 // Ranks up to 32 of 2 bytes. Tiles are as large as registers for the sums allow: up to 144 a thread, 192 on sm_90.
 template <class M>
-using StreamForms16 = Forms<Stream<M, 1, 1, 3, 1, 1, 16, 32>, Stream<M, 1, 2, 3, 1, 1, 8, 32>, Stream<M, 2, 2, 3, 1, 1, 8, 32>,
-                            Stream<M, 1, 1, 3, 1, 1, 12, 32>, Stream<M, 2, 1, 3, 1, 1, 12, 32>, Stream<M, 1, 2, 3, 1, 1, 12, 16>,
+using StreamForms16 = Forms<Stream<M, 1, 2, 3, 1, 1, 8, 32>, Stream<M, 2, 2, 3, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 1, 1, 12, 32>, Stream<M, 2, 1, 3, 1, 1, 12, 32>, Stream<M, 1, 2, 3, 1, 1, 12, 16>,
                             Stream<M, 2, 2, 3, 1, 1, 12, 16>, Stream<M, 1, 1, 1, 1, 1, 16, 32>, Stream<M, 2, 1, 1, 1, 1, 16, 32>,
                             Stream<M, 1, 2, 1, 1, 1, 8, 32>, Stream<M, 2, 2, 1, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 2, 2, 8, 32>,
                             Stream<M, 1, 2, 3, 2, 2, 8, 32>, Stream<M, 2, 1, 3, 2, 2, 4, 32>, Stream<M, 2, 2, 3, 2, 2, 4, 32>,

@@ -116,7 +116,7 @@ struct Gather {
       for (int s = 0; s < p.sources; ++s) {
         const Source& source = p.source[s];
         const auto* weight = static_cast<const Element*>(source.weight) + (source.coarse ? grid.c : tap) * source.tap_stride;
-        const bool pending = source.scale || source.shift || source.slope != 1.0f;
+        const bool pending = Activation<M, false>::wanted(source);
         int64_t row[kRows][2];
         bool inside[kRows][2];
         TUCKER_UNROLL
@@ -147,7 +147,7 @@ struct Gather {
             }
           }
           if (pending) {
-            const Activation<M> activation(source, n, channel);
+            const Activation<M, false> activation(source, n, channel);
             TUCKER_UNROLL
             for (int t = 0; t < kRows; ++t) {
               TUCKER_UNROLL

@@ -29,8 +29,8 @@ const std::vector<GatherForm>& gather_forms(Kind kind) {
   return forms[static_cast<int>(kind)];
 }
 
-int stream_shared_bytes(Kind kind, int form, int factor_h, int factor_w, int channels, bool moments) {
-  return table_of(kind).stream_shared_bytes(form, factor_h, factor_w, channels, moments);
+int stream_shared_bytes(Kind kind, int form, int channels, bool moments) {
+  return table_of(kind).stream_shared_bytes(form, channels, moments);
 }
 
 int gather_shared_bytes(Kind kind, int form, int channels, bool moments) { return table_of(kind).gather_shared_bytes(form, channels, moments); }

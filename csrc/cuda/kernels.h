@@ -34,7 +34,7 @@ struct GatherForm {
 
 const std::vector<StreamForm>& stream_forms(Kind kind);
 const std::vector<GatherForm>& gather_forms(Kind kind);
-int stream_shared_bytes(Kind kind, int form, int factor_h, int factor_w, int channels, bool moments);
+int stream_shared_bytes(Kind kind, int form, int channels, bool moments);
 int gather_shared_bytes(Kind kind, int form, int channels, bool moments);
 
 // Each returns nothing, or what the runtime said.
@@ -43,13 +43,14 @@ std::string start_gather(Kind kind, int form, const GatherParams& p, int batch, 
 std::string start_pack(Kind kind, const PackParams& p, void* stream);
 std::string start_covariance(Kind kind, const CovarianceParams& p, int batch, void* stream);
 std::string start_merge(Kind kind, const MergeParams& p, void* stream);
+std::string start_norm_affine(const NormParams& p, void* stream);
 std::string start_merge_moments(const MergeMomentsParams& p, int batch, void* stream);
 
 // What a file of one kind of numbers compiles; the functions above choose among four such tables.
 struct KernelTable {
   std::vector<StreamForm> (*stream_forms)();
   std::vector<GatherForm> (*gather_forms)();
-  int (*stream_shared_bytes)(int form, int factor_h, int factor_w, int channels, bool moments);
+  int (*stream_shared_bytes)(int form, int channels, bool moments);
   int (*gather_shared_bytes)(int form, int channels, bool moments);
   std::string (*start_stream)(int form, const StreamParams& p, int batch, void* stream);
   std::string (*start_gather)(int form, const GatherParams& p, int batch, void* stream);

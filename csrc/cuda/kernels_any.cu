@@ -9,4 +9,8 @@ std::string start_merge_moments(const MergeMomentsParams& p, int batch, void* st
   return start<MergeMoments>(p, {(p.channels + 31) / 32, batch}, MergeMoments::kShared, stream);
 }
 
+std::string start_norm_affine(const NormParams& p, void* stream) {
+  return start<NormAffine>(p, {(p.total + NormAffine::kThreads - 1) / NormAffine::kThreads}, 0, stream);
+}
+
 }  // namespace tucker_ops::cuda

@@ -166,6 +166,50 @@ Tensor tucker_merge(std::vector<Tensor> values, Optionals scale, Optionals shift
   return output;
 }
 
+std::tuple<Tensor, Tensor> norm_affine(const Tensor& mean, const Tensor& m2, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                       int64_t count, double eps) {
+  constexpr const char* kOp = "tucker_ops::_norm_affine_cuda";
+  OnDevice on(mean);
+  Tensor scale = torch::stable::empty_like(mean), shift = torch::stable::empty_like(mean);
+  for (const Tensor& tensor : {mean, m2})
+    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == ScalarType::Float && on_gpu(tensor) && tensor.is_contiguous() &&
+                        tensor.size(0) == mean.size(0) && tensor.size(1) == mean.size(1) && count > 0,
+                    kOp, ": mean and m2 must be contiguous float32 [N, C] of at least one value");
+  NormParams p{};
+  p.total = static_cast<int>(mean.numel());
+  p.channels = static_cast<int>(mean.size(1));
+  if (p.total == 0) return {scale, shift};
+  const auto lend = [](const Tensor& tensor, [[maybe_unused]] bool writable) {
+#if defined(TUCKER_EMULATED_GPU)
+    emulation::lend(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), writable);
+#endif
+    return tensor.const_data_ptr();
+  };
+  const auto set = [&](const std::optional<Tensor>& tensor, const void*& values, int& bytes, bool& bf16) {
+    if (!tensor) return;
+    const ScalarType dtype = tensor->scalar_type();
+    STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16) && tensor->dim() == 1 &&
+                        tensor->size(0) == p.channels && on_gpu(*tensor) && tensor->is_contiguous(),
+                    kOp, ": weight and bias must be contiguous [C] in float32, float16 or bfloat16");
+    values = lend(*tensor, false);
+    bytes = static_cast<int>(tensor->element_size());
+    bf16 = dtype == ScalarType::BFloat16;
+  };
+  set(weight, p.weight, p.weight_bytes, p.weight_is_bf16);
+  set(bias, p.bias, p.bias_bytes, p.bias_is_bf16);
+  p.mean = static_cast<const float*>(lend(mean, false));
+  p.m2 = static_cast<const float*>(lend(m2, false));
+  lend(scale, true);
+  lend(shift, true);
+  p.scale = static_cast<float*>(scale.mutable_data_ptr());
+  p.shift = static_cast<float*>(shift.mutable_data_ptr());
+  p.count = static_cast<float>(count);
+  p.eps = static_cast<float>(eps);
+  const std::string error = start_norm_affine(p, on.stream());
+  STD_TORCH_CHECK(error.empty(), kOp, ": ", error);
+  return {scale, shift};
+}
+
 }  // namespace
 }  // namespace tucker_ops::cuda
 
@@ -177,4 +221,5 @@ STABLE_TORCH_LIBRARY_IMPL(tucker_ops, CUDA, m) {
   m.impl("_tucker_conv_cuda", TORCH_BOX(&tucker_ops::cuda::tucker_conv));
   m.impl("_tucker_block_cuda", TORCH_BOX(&tucker_ops::cuda::tucker_block));
   m.impl("_tucker_merge_cuda", TORCH_BOX(&tucker_ops::cuda::tucker_merge));
+  m.impl("_norm_affine_cuda", TORCH_BOX(&tucker_ops::cuda::norm_affine));
 }

@@ -100,6 +100,17 @@ struct PackParams {
   int blocks;
 };
 
+// scale = weight / sqrt(m2 / count + eps), shift = bias - mean · scale, all [batch, channels] but weight and bias [channels].
+struct NormParams {
+  const float *mean, *m2;
+  const void *weight, *bias;  // or null; float32, float16 or bfloat16
+  int weight_bytes, bias_bytes;
+  bool weight_is_bf16, bias_is_bf16;
+  float *scale, *shift;
+  float count, eps;
+  int channels, total;
+};
+
 // LeakyReLU of a sum of values, each with its own norm and LeakyReLU.
 struct MergeParams {
   const void* value[kMostSources];

@@ -6,7 +6,7 @@
 namespace tucker_ops::cuda {
 namespace {
 
-constexpr int64_t kMostExtent = 32767;  // of a plane: the halo's coordinates are 16 bits
+constexpr int64_t kMostVoxels = INT32_MAX;  // of a plane, each way
 constexpr int kReservedShared = 1024;   // bytes of a block that the system takes
 constexpr double kLaunch = 3.0;         // microseconds from one small kernel to the next
 
@@ -85,8 +85,8 @@ std::optional<StreamChoice> choose_stream(Kind kind, const Device& device, const
     reason = "the one-pass kernel takes 3×3 in the plane, undilated, at stride 1 or 2";
     return std::nullopt;
   }
-  if (std::max({shape.in[1], shape.in[2], shape.out[1], shape.out[2]}) > kMostExtent) {
-    reason = "the one-pass kernel takes planes of at most 32767 rows and columns";
+  if (std::max(shape.in[1] * shape.in[2], shape.out[1] * shape.out[2]) > kMostVoxels) {
+    reason = "the one-pass kernel takes planes of at most 2^31 voxels";
     return std::nullopt;
   }
   if (*std::max_element(shape.factor.begin(), shape.factor.end()) > 2) {
@@ -103,7 +103,7 @@ std::optional<StreamChoice> choose_stream(Kind kind, const Device& device, const
         form.stride_depth != shape.stride[0] || form.stride != shape.stride[1])
       continue;
     if (device.capability < form.least_capability) continue;
-    const int shared = stream_shared_bytes(kind, i, shape.factor[1], shape.factor[2], shape.out_channels, shape.moments);
+    const int shared = stream_shared_bytes(kind, i, shape.out_channels, shape.moments);
     if (shared > device.shared_per_block) {
       if (!best) reason = "a tile takes " + std::to_string(shared) + " bytes of shared memory, this card's blocks have " + std::to_string(device.shared_per_block);
       continue;

@@ -37,6 +37,32 @@ struct MergeMoments {
   }
 };
 
+// One value a thread.
+struct NormAffine {
+  using Params = NormParams;
+  static constexpr int kThreads = 128, kBlocks = 1;
+
+  static TUCKER_DEVICE float weight_at(const void* values, int bytes, bool bf16, int i) {
+    if (bytes == 4) return load(static_cast<const float*>(values) + i);
+    const uint32_t word = load(static_cast<const uint16_t*>(values) + i);
+    return bf16 ? as_float(word << 16) : fp16_low(word);
+  }
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    const int i = block_index().x * kThreads + thread_index();
+    if (i >= p.total) return;
+    const int c = i % p.channels;
+    const float variance = load(p.m2 + i) / p.count;
+    // Not fmax, which would lose a NaN.
+    float scale = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);
+    if (p.weight) scale *= weight_at(p.weight, p.weight_bytes, p.weight_is_bf16, c);
+    float shift = -load(p.mean + i) * scale;
+    if (p.bias) shift += weight_at(p.bias, p.bias_bytes, p.bias_is_bf16, c);
+    store(p.scale + i, scale);
+    store(p.shift + i, shift);
+  }
+};
+
 template <class M>
 struct Pack {
   using Element = typename M::Element;

@@ -12,26 +12,43 @@ TUCKER_DEVICE float activated(float v, float a, float b, float slope) {
   return v > 0.0f ? v : v * slope;
 }
 
-// The norm and activation of a source for the channels of one lane: a quarter of a group.
-template <class M>
+// The norm and activation of a source for the channels of one lane: a quarter of a group. kVectors: channels fill whole
+// 16 bytes of elements, and so whole 16 bytes of float32.
+template <class M, bool kVectors>
 struct Activation {
   static constexpr int kOwn = M::kGroup / 4;
   float scale[kOwn], shift[kOwn], slope;
-  bool identity;
+
+  TUCKER_DEVICE static bool wanted(const Source& source) { return source.scale || source.shift || source.slope != 1.0f; }
 
   TUCKER_DEVICE Activation(const Source& source, int n, int channel) : slope(source.slope) {
-    identity = !source.scale && !source.shift && source.slope == 1.0f;
+    const int64_t at = static_cast<int64_t>(n) * source.channels + channel;
+    read(source.scale, at, source.channels - channel, 1.0f, scale);
+    read(source.shift, at, source.channels - channel, 0.0f, shift);
+  }
+
+  // `left` channels of the item are left from there on.
+  TUCKER_DEVICE static void read(const float* values, int64_t at, int left, float otherwise, float (&to)[kOwn]) {
     TUCKER_UNROLL
-    for (int i = 0; i < kOwn; ++i) {
-      const bool inside = channel + i < source.channels;
-      const int64_t at = static_cast<int64_t>(n) * source.channels + channel + i;
-      scale[i] = source.scale && inside ? load(source.scale + at) : 1.0f;
-      shift[i] = source.shift && inside ? load(source.shift + at) : 0.0f;
+    for (int i = 0; i < kOwn; ++i) to[i] = otherwise;
+    if (!values) return;
+    if constexpr (kVectors) {
+      if (left <= 0) return;
+      TUCKER_UNROLL
+      for (int i = 0; i < kOwn; i += 4) {
+        const Words4 words = load16(values + at + i);
+        TUCKER_UNROLL
+        for (int j = 0; j < 4; ++j) to[i + j] = as_float(words.v[j]);
+      }
+    } else {
+      TUCKER_UNROLL
+      for (int i = 0; i < kOwn; ++i) {
+        if (i < left) to[i] = load(values + at + i);
+      }
     }
   }
 
   TUCKER_DEVICE void apply(Words4& words) const {
-    if (identity) return;
     TUCKER_UNROLL
     for (int w = 0; w < 4; ++w) {
       if constexpr (M::kSize == 2) {
@@ -93,8 +110,22 @@ TUCKER_DEVICE Moments merged(const Moments& a, const Moments& b) {
   return {count, fmaf(delta, share, a.mean), a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
+// The columns of a step: from `start`, per channel of this lane, on.
+template <class M, int kSteps>
+TUCKER_DEVICE void multiply_steps(float (&y)[M::kStepTiles][4], const float (&start)[M::kStep / 4], const uint32_t (&z)[kSteps][4],
+                                  const uint32_t (&b)[M::kStepTiles][kSteps][2]) {
+  TUCKER_UNROLL
+  for (int tile = 0; tile < M::kStepTiles; ++tile) {
+    TUCKER_UNROLL
+    for (int i = 0; i < 4; ++i) y[tile][i] = start[2 * tile + i % 2];
+    TUCKER_UNROLL
+    for (int step = 0; step < kSteps; ++step) M::multiply(y[tile], z[step], b[tile][step]);
+  }
+}
+
 // y = u_out · z + bias for kRows tiles of 16 voxels. `rows` tells where voxel l / 4 + 8r of tile t lies, l being the lane:
-// pointer(t, r), an element pointer, and valid(t, r); forget() keeps the compiler from computing them all beforehand.
+// pointer(t, r), an element pointer, and valid(t, r); forget() keeps the compiler from computing them all
+// beforehand.
 template <class M, int kRows, int kSteps, class Rows>
 TUCKER_DEVICE void expand(const uint32_t (&z)[kRows][kSteps][4], const Expansion& e, Rows rows, const WarpMoments& moments) {
   using Element = typename M::Element;
@@ -115,40 +146,48 @@ TUCKER_DEVICE void expand(const uint32_t (&z)[kRows][kSteps][4], const Expansion
         b[tile][step][1] = words.v[1];
       }
     }
-    // This lane's channels: a quarter of the group, two of each tile.
+    // This lane's channels: a quarter of the step, two of each tile. Sums start at bias - pivot, so that they end as
+    // deviations.
     const int own = group + kUnit / 4 * q;
-    float bias[kOwn], pivot[kOwn], sum[kOwn], square[kOwn];
+    float start[kOwn], pivot[kOwn], sum[kOwn], square[kOwn];
     TUCKER_UNROLL
     for (int i = 0; i < kOwn; ++i) {
-      bias[i] = e.bias && own + i < e.channels ? value_of<M>(load(static_cast<const Element*>(e.bias) + own + i)) : 0.0f;
+      start[i] = e.bias && own + i < e.channels ? value_of<M>(load(static_cast<const Element*>(e.bias) + own + i)) : 0.0f;
       sum[i] = square[i] = pivot[i] = 0.0f;
-      if (moments.wanted && !moments.first) pivot[i] = as_float(shared_load4(moments.at(own + i, 0)));
+    }
+    if (moments.wanted) {
+      if (moments.first) {
+        float y[kTiles][4];
+        multiply_steps<M>(y, start, z[0], b);
+        TUCKER_UNROLL
+        for (int i = 0; i < kOwn; ++i) pivot[i] = shuffle_from(y[i / 2][i % 2], q);
+      } else {
+        TUCKER_UNROLL
+        for (int i = 0; i < kOwn; ++i) pivot[i] = as_float(shared_load4(moments.at(own + i, 0)));
+      }
+      TUCKER_UNROLL
+      for (int i = 0; i < kOwn; ++i) start[i] -= pivot[i];
     }
     TUCKER_UNROLL
     for (int t = 0; t < kRows; ++t) {
       rows.forget();
       float y[kTiles][4];
-      TUCKER_UNROLL
-      for (int tile = 0; tile < kTiles; ++tile) {
-        TUCKER_UNROLL
-        for (int i = 0; i < 4; ++i) y[tile][i] = bias[2 * tile + i % 2];
-        TUCKER_UNROLL
-        for (int step = 0; step < kSteps; ++step) M::multiply(y[tile], z[t][step], b[tile][step]);
-      }
+      multiply_steps<M>(y, start, z[t], b);
       if (moments.wanted) {
-        if (t == 0 && moments.first) {
-          TUCKER_UNROLL
-          for (int i = 0; i < kOwn; ++i) pivot[i] = shuffle_from(y[i / 2][i % 2], q);
-        }
         TUCKER_UNROLL
         for (int r = 0; r < 2; ++r) {
-          const bool valid = rows.valid(t, r);
+          if (!rows.valid(t, r)) continue;
           TUCKER_UNROLL
           for (int i = 0; i < kOwn; ++i) {
-            const float deviation = valid ? y[i / 2][2 * r + i % 2] - pivot[i] : 0.0f;
+            const float deviation = y[i / 2][2 * r + i % 2];
             sum[i] += deviation;
             square[i] = fmaf(deviation, deviation, square[i]);
           }
+        }
+        TUCKER_UNROLL
+        for (int i = 0; i < kOwn; ++i) {
+          y[i / 2][i % 2] += pivot[i];
+          y[i / 2][2 + i % 2] += pivot[i];
         }
       }
       uint32_t factor[4];

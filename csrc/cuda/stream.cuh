@@ -45,66 +45,64 @@ struct Stream {
   static constexpr int kFragment = 32 * 8;
   static constexpr int kWeights = kPlaneTaps * kStepsIn * kDepth * kTilesOut * kFragment;
 
-  // The halo's voxels, class by class, each filled up to whole batches.
-  static constexpr int entries(int classes_h, int classes_w) {
-    int total = 0;
-    for (int h = 0; h < classes_h; ++h)
-      for (int w = 0; w < classes_w; ++w) {
-        // The larger share of the halo is taken for every class: which one starts first depends on the tile.
-        const int rows = (kHaloHeight + classes_h - 1) / classes_h, columns = (kHaloWidth + classes_w - 1) / classes_w;
-        total += (rows * columns + kEntry - 1) / kEntry * kEntry;
-      }
-    return total;
+  // Entries for the halo's voxels of a class, filled up to whole batches: the larger share of the halo is taken for every
+  // class, as which one starts first depends on the tile.
+  static TUCKER_BOTH constexpr int per_class(int classes_h, int classes_w) {
+    const int rows = (kHaloHeight + classes_h - 1) / classes_h, columns = (kHaloWidth + classes_w - 1) / classes_w;
+    return (rows * columns + kEntry - 1) / kEntry * kEntry;
   }
-  static constexpr int shared_bytes(int factor_h, int factor_w, int channels, bool moments) {
-    const int table = entries(factor_h, factor_w);
+  static TUCKER_BOTH constexpr int most_entries() {
+    int most = 0;
+    for (int h = 1; h <= 2; ++h)
+      for (int w = 1; w <= 2; ++w) most = most > h * w * per_class(h, w) ? most : h * w * per_class(h, w);
+    return most;
+  }
+  // Where things lie in shared memory.
+  static constexpr int kTable = most_entries();
+  static constexpr uint32_t kWeightsAt = 2 * kBuffer, kVoxelsAt = kWeightsAt + kWeights, kCoarseAt = kVoxelsAt + 4 * kTable,
+                            kPositionsAt = kCoarseAt + 4 * kTable, kMomentsAt = (kPositionsAt + 2 * kTable + 15) / 16 * 16;
+  static constexpr int shared_bytes(int channels, bool moments) {
     const int padded = (channels + M::kGroup - 1) / M::kGroup * M::kGroup;
-    return 2 * kBuffer + kWeights + table * 4 + (table * 2 + 15) / 16 * 16 + (moments ? kWarps * padded * WarpMoments::kBytes : 0);
+    return kMomentsAt + (moments ? kWarps * padded * WarpMoments::kBytes : 0);
   }
 
   // With more than 160 sums a thread too few registers are left on older architectures, and some are spilled; and sm_75
   // has 64 KB of shared memory.
   static constexpr int kLeastCapability =
-      kSlots * kRows * kTilesOut * 4 > 160 ? 90 : shared_bytes(1, 1, 1, false) > 64 * 1024 ? 80 : M::kLeastCapability;
-
-  struct Layout {
-    uint32_t buffers, weights, voxels, positions, moments;
-    int classes_h, classes_w, per_class;
-
-    TUCKER_DEVICE explicit Layout(const Params& p) : classes_h(p.factor[1]), classes_w(p.factor[2]) {
-      const int rows = (kHaloHeight + classes_h - 1) / classes_h, columns = (kHaloWidth + classes_w - 1) / classes_w;
-      per_class = (rows * columns + kEntry - 1) / kEntry * kEntry;
-      const int table = per_class * classes_h * classes_w;
-      buffers = shared_base();
-      weights = buffers + 2 * kBuffer;
-      voxels = weights + kWeights;
-      positions = voxels + table * 4;
-      moments = positions + (table * 2 + 15) / 16 * 16;
-    }
-    TUCKER_DEVICE int table() const { return per_class * classes_h * classes_w; }
-  };
+      kSlots * kRows * kTilesOut * 4 > 160 ? 90 : shared_bytes(1, false) > 64 * 1024 ? 80 : M::kLeastCapability;
 
   static constexpr uint32_t kOutside = 0xffffffffu;  // a voxel of the halo outside the volume
-  static constexpr uint32_t kNowhere = 0xffffu;      // an entry that stands for no voxel
+  // Positions have 14 bits, the class of the entry above them.
+  static constexpr uint32_t kNowhere = 0x3fff, kClassShift = 14;  // an entry that stands for no voxel
+  static_assert(kHaloHeight * kPitch < kNowhere, "positions have 14 bits");
+
+  // Entries in use.
+  static TUCKER_DEVICE int table_of(const Params& p) { return per_class(p.factor[1], p.factor[2]) * p.factor[1] * p.factor[2]; }
 
   static TUCKER_DEVICE int position_of(int h, int w) {
     return h * kPitch + (kStride == 1 ? w : (w & 1) * kHalf + (w >> 1));
   }
 
-  // Which voxel each entry stands for, (h << 16 | w) in the volume, and its position in a plane of t.
-  static TUCKER_DEVICE void fill_table(const Params& p, const Layout& layout, int h0, int w0) {
-    for (int i = thread_index(); i < layout.table(); i += kThreads) {
-      const int c = i / layout.per_class, rest = i % layout.per_class;
-      const int class_h = c / layout.classes_w, class_w = c % layout.classes_w;
+  // Which voxel of an input plane each entry stands for, which one of a coarse source's, and its position in a plane of t.
+  static TUCKER_DEVICE void fill_table(const Params& p, int h0, int w0) {
+    const int each = per_class(p.factor[1], p.factor[2]), table = table_of(p);
+    for (int i = thread_index(); i < table; i += kThreads) {
+      const int c = i / each, rest = i % each;
+      const int class_h = c / p.factor[2], class_w = c % p.factor[2];
       // The halo's first row and column of this class; h0 and w0 may be negative.
-      const int from_h = (class_h - h0 % layout.classes_h + layout.classes_h) % layout.classes_h;
-      const int from_w = (class_w - w0 % layout.classes_w + layout.classes_w) % layout.classes_w;
-      const int columns = (kHaloWidth - from_w + layout.classes_w - 1) / layout.classes_w;
-      const int h = from_h + rest / columns * layout.classes_h, w = from_w + rest % columns * layout.classes_w;
+      const int from_h = (class_h - h0 % p.factor[1] + p.factor[1]) % p.factor[1];
+      const int from_w = (class_w - w0 % p.factor[2] + p.factor[2]) % p.factor[2];
+      const int columns = (kHaloWidth - from_w + p.factor[2] - 1) / p.factor[2];
+      const int h = from_h + rest / columns * p.factor[1], w = from_w + rest % columns * p.factor[2];
       const bool inside = h0 + h >= 0 && h0 + h < p.in[1] && w0 + w >= 0 && w0 + w < p.in[2];
       const bool real = h < kHaloHeight;
-      shared_store4(layout.voxels + i * 4, real && inside ? static_cast<uint32_t>((h0 + h) << 16 | (w0 + w)) : kOutside);
-      shared_store2(layout.positions + i * 2, static_cast<uint16_t>(real ? position_of(h, w) : kNowhere));
+      const int at_h = h0 + h, at_w = w0 + w;
+      shared_store4((shared_base() + kVoxelsAt) + i * 4, real && inside ? static_cast<uint32_t>(at_h * p.in[2] + at_w) : kOutside);
+      if ((shared_base() + kCoarseAt) != (shared_base() + kVoxelsAt)) {
+        const int coarse = at_h / p.factor[1] * (p.in[2] / p.factor[2]) + at_w / p.factor[2];
+        shared_store4((shared_base() + kCoarseAt) + i * 4, real && inside ? static_cast<uint32_t>(coarse) : kOutside);
+      }
+      shared_store2((shared_base() + kPositionsAt) + i * 2, static_cast<uint16_t>((real ? position_of(h, w) : kNowhere) | c << kClassShift));
     }
   }
 
@@ -131,9 +129,9 @@ struct Stream {
       shared_store4(at, as_word(value));
   }
 
-  static TUCKER_DEVICE void fill_weights(const Params& p, const Layout& layout) {
+  static TUCKER_DEVICE void fill_weights(const Params& p) {
     if (p.rank_in < kStepsIn * M::kStep || p.rank_out < kStepsOut * M::kStep) {
-      for (int i = thread_index(); i < kWeights / 8; i += kThreads) shared_store8(layout.weights + i * 8, 0, 0);
+      for (int i = thread_index(); i < kWeights / 8; i += kThreads) shared_store8((shared_base() + kWeightsAt) + i * 8, 0, 0);
       barrier();
     }
     constexpr int kPerPair = kDepth * kPlaneTaps, kOnce = M::kChunk;
@@ -155,44 +153,48 @@ struct Stream {
           value = static_cast<Element>(words.v[j / 2] >> (j % 2 * 16));
         else
           value = as_float(words.v[j]);
-        store_weight(layout.weights + weight_at(pair / p.rank_in, pair % p.rank_in, tap / kPlaneTaps, tap % kPlaneTaps), value);
+        store_weight((shared_base() + kWeightsAt) + weight_at(pair / p.rank_in, pair % p.rank_in, tap / kPlaneTaps, tap % kPlaneTaps), value);
       }
     }
   }
 
-  // The plane of a source that input plane d reads, and the place of a voxel in it.
+  // The plane of a source that input plane d reads.
   static TUCKER_DEVICE const Element* plane_of(const Source& source, int n, int d, const int (&factor)[3]) {
     if (source.coarse) d >>= factor[0] - 1;
     const int64_t voxel = (static_cast<int64_t>(n) * source.extent[0] + d) * source.extent[1] * source.extent[2];
     return static_cast<const Element*>(source.x) + voxel * source.spacing;
   }
-  static TUCKER_DEVICE int64_t place_of(const Source& source, uint32_t voxel, const int (&factor)[3]) {
-    int h = voxel >> 16, w = voxel & 0xffff;
-    if (source.coarse) {
-      h >>= factor[1] - 1;
-      w >>= factor[2] - 1;
-    }
-    return static_cast<int64_t>(h * source.extent[2] + w) * source.spacing;
-  }
 
   // t of input plane d into a buffer.
-  static TUCKER_DEVICE void reduce(const Params& p, const Layout& layout, int n, int d, uint32_t buffer) {
+  static TUCKER_DEVICE void reduce(const Params& p, int n, int d, uint32_t buffer) {
     const int warp = thread_index() / 32, lane = thread_index() % 32, g = lane / 4, q = lane % 4;
+    const int table = table_of(p);
     TUCKER_NO_UNROLL
-    for (int first = warp * kEntry; first < layout.table(); first += kWarps * kEntry) {
-      uint32_t voxel[kBatch][2];
+    for (int first = warp * kEntry; first < table; first += kWarps * kEntry) {
+      float t[kBatch][kTilesIn][4] = {};
+      bool outside[kBatch][2];
       TUCKER_UNROLL
       for (int u = 0; u < kBatch; ++u) {
         TUCKER_UNROLL
-        for (int r = 0; r < 2; ++r) voxel[u][r] = shared_load4(layout.voxels + (first + u * 16 + g + 8 * r) * 4);
+        for (int r = 0; r < 2; ++r) outside[u][r] = shared_load4((shared_base() + kVoxelsAt) + (first + u * 16 + g + 8 * r) * 4) == kOutside;
       }
-      const int plane_class = first / layout.per_class + d % p.factor[0] * layout.classes_h * layout.classes_w;
-      float t[kBatch][kTilesIn][4] = {};
       TUCKER_NO_UNROLL
       for (int s = 0; s < p.sources; ++s) {
         const Source& source = p.source[s];
-        const auto* weight = static_cast<const Element*>(source.weight) + (source.coarse ? plane_class * source.tap_stride : 0);
+        const auto* weight = static_cast<const Element*>(source.weight);
+        uint32_t voxels = shared_base() + kVoxelsAt;
+        if (source.coarse) {
+          voxels = shared_base() + kCoarseAt;
+          const int in_plane = shared_load2((shared_base() + kPositionsAt) + first * 2) >> kClassShift;
+          weight += ((d & (p.factor[0] - 1)) * p.factor[1] * p.factor[2] + in_plane) * source.tap_stride;
+        }
         const Element* plane = plane_of(source, n, d, p.factor);
+        uint32_t voxel[kBatch][2];
+        TUCKER_UNROLL
+        for (int u = 0; u < kBatch; ++u) {
+          TUCKER_UNROLL
+          for (int r = 0; r < 2; ++r) voxel[u][r] = shared_load4(voxels + (first + u * 16 + g + 8 * r) * 4);
+        }
         TUCKER_NO_UNROLL
         for (int group = 0; group < source.channels; group += M::kGroup) {
           const int channel = group + M::kGroup / 4 * q;
@@ -202,16 +204,16 @@ struct Stream {
           for (int u = 0; u < kBatch; ++u) {
             TUCKER_UNROLL
             for (int r = 0; r < 2; ++r) {
-              if (inside && voxel[u][r] != kOutside) x[u][r] = load16(plane + place_of(source, voxel[u][r], p.factor) + channel);
+              if (inside && !outside[u][r]) x[u][r] = load16(plane + static_cast<int64_t>(voxel[u][r]) * source.spacing + channel);
             }
           }
-          if (source.scale || source.shift || source.slope != 1.0f) {
-            const Activation<M> activation(source, n, channel);
+          if (Activation<M, true>::wanted(source)) {
+            const Activation<M, true> activation(source, n, channel);
             TUCKER_UNROLL
             for (int u = 0; u < kBatch; ++u) {
               TUCKER_UNROLL
               for (int r = 0; r < 2; ++r) {
-                if (voxel[u][r] != kOutside) activation.apply(x[u][r]);
+                if (!outside[u][r]) activation.apply(x[u][r]);
               }
             }
           }
@@ -236,7 +238,7 @@ struct Stream {
             for (int u = 0; u < kBatch; ++u) {
               TUCKER_UNROLL
               for (int r = 0; r < 2; ++r) {
-                if (voxel[u][r] != kOutside) t[u][tile][2 * r + e] += bias;
+                if (!outside[u][r]) t[u][tile][2 * r + e] += bias;
               }
             }
           }
@@ -250,7 +252,7 @@ struct Stream {
           to_factor<M>(&t[u][step * M::kStepTiles], factor);
           TUCKER_UNROLL
           for (int r = 0; r < 2; ++r) {
-            const uint32_t position = shared_load2(layout.positions + (first + u * 16 + g + 8 * r) * 2);
+            const uint32_t position = shared_load2((shared_base() + kPositionsAt) + (first + u * 16 + g + 8 * r) * 2) & kNowhere;
             if (position != kNowhere)
               shared_store8(buffer + (2 * step + (q >> 1)) * kPlane + position * 16 + (q & 1) * 8, factor[r], factor[2 + r]);
           }
@@ -260,14 +262,16 @@ struct Stream {
   }
 
   // Brings the next input plane closer while this one is multiplied.
-  static TUCKER_DEVICE void prefetch_plane(const Params& p, const Layout& layout, int n, int d) {
-    for (int i = thread_index(); i < layout.table(); i += kThreads) {
-      const uint32_t voxel = shared_load4(layout.voxels + i * 4);
-      if (voxel == kOutside) continue;
-      for (int s = 0; s < p.sources; ++s) {
-        const Source& source = p.source[s];
-        const Element* row = plane_of(source, n, d, p.factor) + place_of(source, voxel, p.factor);
-        for (int channel = 0; channel < source.channels; channel += 128 / M::kSize) prefetch(row + channel);
+  static TUCKER_DEVICE void prefetch_plane(const Params& p, int n, int d) {
+    const int table = table_of(p);
+    for (int s = 0; s < p.sources; ++s) {
+      const Source& source = p.source[s];
+      const Element* plane = plane_of(source, n, d, p.factor);
+      for (int i = thread_index(); i < table; i += kThreads) {
+        const uint32_t voxel = shared_load4((source.coarse ? (shared_base() + kCoarseAt) : (shared_base() + kVoxelsAt)) + i * 4);
+        if (voxel == kOutside) continue;
+        for (int channel = 0; channel < source.channels; channel += 128 / M::kSize)
+          prefetch(plane + static_cast<int64_t>(voxel) * source.spacing + channel);
       }
     }
   }
@@ -277,10 +281,10 @@ struct Stream {
   // What the plane of t in `buffer` adds to kCount slots: slot s takes the kernel's plane kFirst - s · kBy. Those that
   // `wanted` has no bit for are left out, unless kAll says that there are none.
   template <int kCount, int kFirst, int kBy, bool kAll>
-  static TUCKER_DEVICE void convolve(Sums (&z)[kCount], const Layout& layout, uint32_t buffer, int wanted) {
+  static TUCKER_DEVICE void convolve(Sums (&z)[kCount], uint32_t buffer, int wanted) {
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     uint32_t row = buffer + (lane / 16) * kPlane + (warp * (kRows / kAcross) * kStride * kPitch + lane % 16) * 16;
-    uint32_t weights = layout.weights + lane * 8;
+    uint32_t weights = (shared_base() + kWeightsAt) + lane * 8;
     TUCKER_NO_UNROLL
     for (int tap_h = 0; tap_h < kTaps; ++tap_h) {
       TUCKER_NO_UNROLL
@@ -317,11 +321,11 @@ struct Stream {
   }
 
   template <int kCount, int kFirst, int kBy>
-  static TUCKER_DEVICE void convolve(Sums (&z)[kCount], const Layout& layout, uint32_t buffer, int wanted) {
+  static TUCKER_DEVICE void convolve(Sums (&z)[kCount], uint32_t buffer, int wanted) {
     if (wanted == (1 << kCount) - 1)
-      convolve<kCount, kFirst, kBy, true>(z, layout, buffer, wanted);
+      convolve<kCount, kFirst, kBy, true>(z, buffer, wanted);
     else
-      convolve<kCount, kFirst, kBy, false>(z, layout, buffer, wanted);
+      convolve<kCount, kFirst, kBy, false>(z, buffer, wanted);
   }
 
   // to = from, or 0.
@@ -336,25 +340,39 @@ struct Stream {
     }
   }
 
+  // What a block computes. Asked for again where it is needed rarely: registers are short in between.
+  struct Task {
+    int n, h0, w0, begin, end;  // the tile's first output row and column, its output planes
+
+    TUCKER_DEVICE explicit Task(const Params& p) {
+      const int x = opaque(block_index().x), chunk = x / p.tiles[2] / p.tiles[1];
+      n = block_index().y;
+      w0 = x % p.tiles[2] * kWidth;
+      h0 = x / p.tiles[2] % p.tiles[1] * kHeight;
+      begin = chunk * p.chunk;
+      end = begin + p.chunk < p.out[0] ? begin + p.chunk : p.out[0];
+    }
+  };
+
   // Where outputs of this lane lie: row r of the warp's tile t, from the first of all.
   struct Rows {
     Element* first;
-    int rows_left, columns_left;  // from there to the end of the plane
-    int row, column;              // elements from one to the next
+    uint32_t inside;  // a bit for each
+    int row, column;  // elements from one to the next
 
-    TUCKER_DEVICE Rows(const Params& p, int h0, int w0) {
+    // In the task's first output plane.
+    TUCKER_DEVICE Rows(const Params& p, const Task& task) : inside(0) {
       const int warp = thread_index() / 32, g = thread_index() % 32 / 4;
-      rows_left = p.out[1] - h0 - warp * (kRows / kAcross);
-      columns_left = p.out[2] - w0 - g;
-      column = p.expansion.channels;
-      row = p.out[2] * column;
-      first = nullptr;
+      const int h0 = task.h0 + warp * (kRows / kAcross), w0 = task.w0 + g;
+      const int64_t voxel = ((static_cast<int64_t>(task.n) * p.out[0] + task.begin) * p.out[1] + h0) * p.out[2] + w0;
+      row = column = 0;
+      for (int t = 0; t < kRows; ++t)
+        for (int r = 0; r < 2; ++r)
+          inside |= static_cast<uint32_t>(h0 + t / kAcross < p.out[1] && w0 + t % kAcross * 16 + 8 * r < p.out[2]) << (2 * t + r);
+      first = static_cast<Element*>(p.y) + voxel * p.expansion.channels;
     }
-    TUCKER_DEVICE void forget() {
-      column = opaque(column);
-      rows_left = opaque(rows_left);
-    }
-    TUCKER_DEVICE bool valid(int t, int r) const { return t / kAcross < rows_left && t % kAcross * 16 + 8 * r < columns_left; }
+    TUCKER_DEVICE void forget() { column = opaque(column); }
+    TUCKER_DEVICE bool valid(int t, int r) const { return inside >> (2 * t + r) & 1; }
     TUCKER_DEVICE Element* pointer(int t, int r) const {
       return first + (static_cast<int64_t>(t / kAcross) * row + (t % kAcross * 16 + 8 * r) * column);
     }
@@ -374,83 +392,83 @@ struct Stream {
     if constexpr (kLeastCapability <= kCompiledFor) run_here(p);
   }
 
-  static TUCKER_DEVICE void run_here(const Params& p) {
-    const Block block = block_index();
-    const int n = block.y, tile_w = block.x % p.tiles[2], tile_h = block.x / p.tiles[2] % p.tiles[1];
-    const int chunk = block.x / p.tiles[2] / p.tiles[1];
-    const int out_h = tile_h * kHeight, out_w = tile_w * kWidth;
-    const int begin = chunk * p.chunk, end = begin + p.chunk < p.out[0] ? begin + p.chunk : p.out[0];
-    const Layout layout(p);
-    fill_table(p, layout, out_h * kStride - p.padding[1], out_w * kStride - p.padding[2]);
-    fill_weights(p, layout);
-    barrier();
-
-    Rows rows(p, out_h, out_w);
+  static TUCKER_DEVICE uint32_t moments_of(const Params& p, int warp) {
     const int padded = (p.expansion.channels + M::kGroup - 1) / M::kGroup * M::kGroup;
-    WarpMoments moments{layout.moments + thread_index() / 32 * padded * WarpMoments::kBytes, p.moments != nullptr, true};
+    return shared_base() + kMomentsAt + warp * padded * WarpMoments::kBytes;
+  }
+
+  static TUCKER_DEVICE void run_here(const Params& p) {
+    const Task task(p);
+    const int n = task.n;
+    fill_table(p, task.h0 * kStride - p.padding[1], task.w0 * kStride - p.padding[2]);
+    fill_weights(p);
+    barrier();
+    Rows rows(p, task);
 
     // Input planes are counted from the padding's first: output plane d reads planes d · stride and the two after it.
     Sums waiting[kWaiting > 0 ? kWaiting : 1] = {};
-    const int first = begin * kStrideDepth, last = (end - 1) * kStrideDepth + kDepth - 1;
+    const int first = task.begin * kStrideDepth, last = (task.end - 1) * kStrideDepth + kDepth - 1;
     TUCKER_NO_UNROLL
     for (int plane = first; plane <= last; ++plane) {
       const int d = plane - p.padding[0];
       const bool inside = d >= 0 && d < p.in[0];
-      const uint32_t buffer = layout.buffers + (plane & 1) * kBuffer;
+      const uint32_t buffer = shared_base() + (plane & 1) * kBuffer;
       if (inside) {
-        reduce(p, layout, n, d, buffer);
+        reduce(p, n, d, buffer);
         barrier();
-        if (plane < last && d + 1 < p.in[0]) prefetch_plane(p, layout, n, d + 1);
+        if (plane < last && d + 1 < p.in[0]) prefetch_plane(p, n, d + 1);
       }
       if (kStrideDepth == 2 && plane % 2 == 1) {
         // Kernel plane 1 of the one output plane that waits.
-        if (inside) convolve<1, 1, 1>(reinterpret_cast<Sums(&)[1]>(waiting), layout, buffer, 1);
+        if (inside) convolve<1, 1, 1>(reinterpret_cast<Sums(&)[1]>(waiting), buffer, 1);
         continue;
       }
-      // The output plane that ends here; those before the block's first and after its last are left out.
-      const int done = kStrideDepth == 1 ? plane - (kDepth - 1) : plane / 2 - 1 + (kDepth == 1);
       Sums z[kSlots];
       TUCKER_UNROLL
       for (int s = 0; s < kSlots; ++s) assign(z[s], s < kWaiting ? &waiting[s < kWaiting ? s : 0] : nullptr);
       if (inside) {
+        // Slot s holds the output plane that ends s strides later; those before the block's first and after its last are
+        // left out.
         int wanted = 0;
         TUCKER_UNROLL
-        for (int s = 0; s < kSlots; ++s) wanted |= (done + s >= begin && done + s < end) << s;
-        convolve<kSlots, kDepth - 1, kStrideDepth>(z, layout, buffer, wanted);
+        for (int s = 0; s < kSlots; ++s) {
+          const int ends = plane + s * kStrideDepth;
+          wanted |= (ends >= first + kDepth - 1 && ends <= last) << s;
+        }
+        convolve<kSlots, kDepth - 1, kStrideDepth>(z, buffer, wanted);
       }
       TUCKER_UNROLL
       for (int s = 0; s < kWaiting; ++s) assign(waiting[s], &z[s + 1]);
-      if (done < begin) continue;
+      if (plane < first + kDepth - 1) continue;
       uint32_t factor[kRows][kStepsOut][4];
       TUCKER_UNROLL
       for (int t = 0; t < kRows; ++t) {
         TUCKER_UNROLL
         for (int step = 0; step < kStepsOut; ++step) to_factor<M>(&z[0][t][step * M::kStepTiles], factor[t][step]);
       }
-      const int64_t voxel = ((static_cast<int64_t>(n) * p.out[0] + done) * p.out[1] + out_h + thread_index() / 32 * (kRows / kAcross)) * p.out[2] +
-                            out_w + thread_index() % 32 / 4;
-      rows.first = static_cast<Element*>(p.y) + voxel * p.expansion.channels;
-      expand<M>(factor, p.expansion, rows, moments);
-      moments.first = false;
+      rows.column = p.expansion.channels;
+      rows.row = p.out[2] * rows.column;
+      expand<M>(factor, p.expansion, rows, WarpMoments{moments_of(p, opaque(thread_index()) / 32), p.moments != nullptr, plane == first + kDepth - 1});
+      rows.first += static_cast<int64_t>(p.out[1]) * p.out[2] * p.expansion.channels;
     }
-    if (p.moments) store_moments(p, layout, out_h, out_w, padded, end - begin);
+    if (p.moments) store_moments(p);
   }
 
-  static TUCKER_DEVICE void store_moments(const Params& p, const Layout& layout, int h0, int w0, int padded, int planes) {
+  static TUCKER_DEVICE void store_moments(const Params& p) {
     barrier();
-    const Block block = block_index();
+    const Task task(p);
     const int blocks = p.tiles[0] * p.tiles[1] * p.tiles[2];
     for (int c = thread_index(); c < p.expansion.channels; c += kThreads) {
       Moments all{0.0f, 0.0f, 0.0f};
       for (int warp = 0; warp < kWarps; ++warp) {
-        const WarpMoments moments{layout.moments + warp * padded * WarpMoments::kBytes, true, false};
-        const float count = static_cast<float>(outputs(p, h0, w0, warp) * planes);
+        const WarpMoments moments{moments_of(p, warp), true, false};
+        const float count = static_cast<float>(outputs(p, task.h0, task.w0, warp) * (task.end - task.begin));
         if (count == 0.0f) continue;
         const float sum = as_float(shared_load4(moments.at(c, 1))), share = sum / count;
         const float m2 = as_float(shared_load4(moments.at(c, 2))) - sum * share;
         all = merged(all, {count, as_float(shared_load4(moments.at(c, 0))) + share, m2 < 0.0f ? 0.0f : m2});
       }
-      store(p.moments + (static_cast<int64_t>(block.y) * blocks + block.x) * p.expansion.channels + c, all);
+      store(p.moments + (static_cast<int64_t>(task.n) * blocks + block_index().x) * p.expansion.channels + c, all);
     }
   }
 };

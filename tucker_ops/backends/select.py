@@ -20,6 +20,7 @@ from tucker_ops.errors import BackendError
 from tucker_ops.ops.block import block_memory_format, block_problem_of, split_call
 from tucker_ops.ops.check import problem_of
 from tucker_ops.ops.merge import check_merge
+from tucker_ops.ops.norm import check_norm, norm_affine
 from tucker_ops.ops.reference import merge
 from tucker_ops.ops.schema import LIBRARY
 from tucker_ops.types import BlockProblem, Problem
@@ -201,3 +202,14 @@ def _tucker_merge(values, scale, shift, slope, out_slope):
 
 
 LIBRARY.impl("tucker_merge", _tucker_merge, "CompositeExplicitAutograd")
+
+
+def _norm_affine(mean, m2, weight, bias, count, eps):
+    check_norm(mean, m2, weight, bias, count)
+    if mean.is_cuda and mean.dtype == torch.float32 and CUDA.available():
+        mean, m2, weight, bias = (None if t is None else t.contiguous() for t in (mean, m2, weight, bias))
+        return torch.ops.tucker_ops._norm_affine_cuda(mean, m2, weight, bias, count, eps)
+    return norm_affine(mean, m2, weight, bias, count, eps)
+
+
+LIBRARY.impl("norm_affine", _norm_affine, "CompositeExplicitAutograd")

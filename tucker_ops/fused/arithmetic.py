@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tucker_ops.ops.norm import norm_affine
 from tucker_ops.ops.reference import memory_format
 
 
@@ -26,11 +27,10 @@ def instance_norm_affine(
     count = math.prod(values.shape[2:])
     if count == 1:
         F.instance_norm(values)
-    scale = torch.rsqrt((m2 / count).clamp_min(0) + eps)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype)
-    shift = -mean * scale
-    return scale, shift if bias is None else shift + bias.to(shift.dtype)
+    if mean.is_cuda:
+        # One small kernel for seven: a network has dozens of norms.
+        return torch.ops.tucker_ops.norm_affine(mean, m2, weight, bias, count, eps)
+    return norm_affine(mean, m2, weight, bias, count, eps)
 
 
 def rank_norm_affine(
@@ -131,7 +131,8 @@ class Remembered:
     """A product of weights, kept until one of them changes.
 
     Whether they have is asked of their values, not of version counters, which miss changes through ``.data``. One
-    object serves one place in one network. Safe to call from several threads.
+    object serves one place in one network. Safe to call from several threads. On a GPU nothing is remembered: to ask
+    would make the host wait for it, and could not be captured in a graph.
     """
 
     def __init__(self, function: Callable[..., Tensor]):
@@ -141,7 +142,7 @@ class Remembered:
         self._last: tuple[tuple, Tensor] | None = None
 
     def __call__(self, *args) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any(isinstance(a, Tensor) and a.is_cuda for a in args):
             return self.function(*args)
         known = self._last
         if known is not None and all(map(_same, known[0], args)):

@@ -76,7 +76,8 @@ class Explanation:
 class FusedForward:
     """Mixin in front of an nn.Module class: inference runs in blocks, everything else as in that class.
 
-    Blocks run in evaluation mode where nothing requires a gradient, autocast is off and a kernel computes them; the
+    Blocks run in evaluation mode where nothing requires a gradient and a kernel computes them: in autocast's dtype on a
+    GPU, and on the CPU with autocast off; the
     variable TUCKER_FUSE=0 turns them off. ``precision`` (see `fuse`), where it is not set, is that of the variable
     TUCKER_PRECISION, or fp32; ``fused`` set to False turns blocks off for this object. Parameters, their names and
     the state dict stay those of the class, and weights may change or be loaded at any time. A network that cannot be
@@ -109,8 +110,9 @@ def fuse(model: nn.Module, *, precision: str | None = None) -> nn.Module:
 
     Takes PlainConvUNet, ResidualEncoderUNet and any other module that torch.fx can trace, compressed or dense, in
     2D and 3D; the output has the input's dtype. Layers that cannot be folded run as they were. In training mode, where
-    a gradient is required, under autocast or torch's global forward hooks, with TUCKER_FUSE=0, and where no kernel
-    computes blocks of this dtype on this device, the whole model runs as it was.
+    a gradient is required, under autocast on the CPU or torch's global forward hooks, with TUCKER_FUSE=0, and where no
+    kernel computes blocks of this dtype on this device, the whole model runs as it was. Under autocast on a GPU the
+    blocks of an fp32 model compute in autocast's dtype.
     `print(tucker_ops.fused.explain(model))` says what happens and why.
 
     `precision` is that of the blocks of an fp32 model: "fp32"; "bf16"; or "auto", which is bf16 where the processor
@@ -174,13 +176,24 @@ def _may_fuse(model: nn.Module, input: Tensor) -> bool:
         or _global_forward_pre_hooks
     ):
         return False
-    if not torch.compiler.is_compiling() and not _kernels(input.device.type, input.dtype):
+    dtype = _autocast_dtype(input) or input.dtype
+    if not torch.compiler.is_compiling() and not _kernels(input.device.type, dtype):
         return False
-    if torch.is_autocast_enabled(input.device.type):
+    if torch.is_autocast_enabled(input.device.type) and _autocast_dtype(input) is None:
         return False
     if not torch.is_grad_enabled():
         return True
     return not (input.requires_grad or any(p.requires_grad for p in model.parameters()))
+
+
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """In what a float32 network computes under autocast on a GPU; None without autocast, and elsewhere.
+
+    On the CPU autocast stays torch's own: precision is `fuse`'s there.
+    """
+    if not input.is_cuda or input.dtype != torch.float32 or not torch.is_autocast_enabled("cuda"):
+        return None
+    return torch.get_autocast_dtype("cuda")
 
 
 def _kernels(device: str, dtype: torch.dtype) -> Verdict:
@@ -230,6 +243,10 @@ def fusion_of(model: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
 
 def _run(model: nn.Module, fusion: Fusion, input: Tensor):
     """`fusion` is that in the model's own dtype."""
+    lower = _autocast_dtype(input)
+    if lower is not None:
+        with torch.autocast("cuda", enabled=False):
+            return fusion_of(model, lower).module(input)
     choice = _chosen(model, input.dtype)
     if choice.final:
         return (fusion if choice.dtype is None else fusion_of(model, choice.dtype)).module(input)
@@ -303,6 +320,8 @@ def _signature(model: nn.Module) -> tuple:
     for module in model.modules():
         found.append(id(module))
         found += [id(tensor) for tensor in module._parameters.values()]
+        # What pays is another thing on another device.
+        found += [str(tensor.device) for tensor in module._parameters.values() if tensor is not None]
         found += [id(tensor) for tensor in module._buffers.values()]
         found += [value for value in module.__dict__.values() if isinstance(value, bool | int | float)]
         found.append(bool(module._forward_hooks or module._forward_pre_hooks))

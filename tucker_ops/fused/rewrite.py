@@ -206,8 +206,8 @@ class Rewriter:
         reduce, in_bias = self._reduced(parts, widths, u_in)
         stats = "covariance" if in_rank_space else "channel" if normed else "none"
         returned = all(user.op == "output" for user in node.users)
-        # Of a result in bfloat16 the input's dtype would be made at once.
-        as_input = returned and self.dtype == torch.bfloat16
+        # Of a result in 16 bits the input's dtype, float32, would be made at once.
+        as_input = returned and self.dtype in (torch.bfloat16, torch.float16)
         result = self.call(
             _BLOCK,
             [self.block_values(read) for read in reads],
@@ -263,6 +263,9 @@ class Rewriter:
 
     def _pays_in_rank_space(self, node: fx.Node, module: nn.Module) -> bool:
         """Does it save memory at the peak, and is every reader behind the norm a convolution that can expand it?"""
+        if module.core.is_cuda:
+            # The GPU's kernels write a source in rank space out before they read it.
+            return False
         if module.ranks[1] > LARGEST_RANK_SHARE * module.out_channels:
             return False
         size = self.sizes.get(node, 0)

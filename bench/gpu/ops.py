@@ -1,0 +1,165 @@
+"""The op: one dense convolution, three convolutions, both compiled, and `tucker_conv`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+import tucker_ops
+from bench.gpu.ceilings import float32_by
+from bench.gpu.clock import Call, Clock
+from bench.gpu.problems import GATES, TF32, OpCase, op_cases
+from bench.gpu.turns import (
+    COMPILED,
+    DENSE,
+    OURS,
+    THREE_CONVS,
+    Peer,
+    Settings,
+    measure,
+    rows_of,
+    without_trials,
+)
+from bench.operands import Operands, float64_reference, make_operands, relative_rms
+from bench.peers.base import LAYOUTS, conv_of, laid_out, pointwise
+from tucker_ops.backends import cuda, native
+from tucker_ops.cost import dense_cost, one_pass_cost
+from tucker_ops.types import Problem
+
+SHORT = {"contiguous": "NCDHW", "channels_last": "channels-last"}
+
+
+def measure_ops(settings: Settings) -> Iterator[dict]:
+    """A row for each case and peer."""
+    clock = Clock(settings.device, apart=True)
+    for case in op_cases(settings.shrink):
+        settings.report(f"op {case.name}, {case.kind}: {case.problem}")
+        with float32_by(case.kind == TF32), torch.inference_mode():
+            yield from _measure(case, clock, settings)
+        # Compiled peers of earlier cases would count against torch's limit on recompiling.
+        torch.compiler.reset()
+
+
+def _measure(case: OpCase, clock: Clock, settings: Settings) -> list[dict]:
+    problem = case.problem
+    operands = on(make_operands(problem), settings.device)
+    with without_trials():
+        reference = float64_reference(operands)
+    spec, size = problem.spec, {"batch": problem.batch, "itemsize": problem.dtype.itemsize}
+    floor = one_pass_cost(spec, problem.ranks, problem.size, **size)
+    about = {
+        "part": "op",
+        "case": case.name,
+        "layer": str(problem),
+        "kind": case.kind,
+        "gate": GATES[case.kind],
+        "floor_bytes": floor.bytes,
+        "floor_macs": floor.macs,
+        "copied_bytes": case.copied_bytes,
+        "dense_macs": dense_cost(spec, problem.size, **size).macs,
+        "targets": dict(case.targets),
+        **described(_op_problem(case, settings.device), case.kind == TF32),
+    }
+    peers = peers_of(operands, reference, settings.backend)
+    return rows_of(measure(peers, GATES[case.kind], clock, settings), about)
+
+
+def on(operands: Operands, device: torch.device) -> Operands:
+    tensors = {f.name: getattr(operands, f.name) for f in fields(operands) if f.name != "problem"}
+    return replace(operands, **{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def peers_of(operands: Operands, reference: Tensor, backend: str | None) -> list[Peer]:
+    """Eager peers and ours in both layouts, compiled ones channels-last alone: each takes seconds to compile."""
+
+    def error_of(result: Tensor) -> float:
+        return relative_rms(result, reference)
+
+    peers = []
+    for layout in reversed(LAYOUTS):
+        short = SHORT[layout]
+        peers += [
+            Peer("one convolution", short, DENSE, lambda at=layout: _dense(operands, at), error_of),
+            Peer("three convolutions", short, THREE_CONVS, lambda at=layout: _three(operands, at), error_of),
+            Peer(
+                "tucker_conv", short, OURS, lambda at=layout: _ours(operands, at, backend), error_of,
+                shown=layout == "channels_last",
+            ),
+        ]  # fmt: skip
+    last = SHORT["channels_last"]
+    for name, group, make in (
+        ("one convolution", DENSE, _dense),
+        ("three convolutions", THREE_CONVS, _three),
+    ):
+        peers.append(
+            Peer(
+                f"{name}, torch.compile", last, group + COMPILED,
+                lambda make=make: make(operands, "channels_last", torch.compile), error_of, slow=True,
+            )
+        )  # fmt: skip
+    return peers
+
+
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+def _dense(operands: Operands, layout: str, wrap: Callable = _as_it_is) -> Call:
+    x, weight = laid_out(layout, operands.input, operands.dense)
+    bias, geometry, conv = operands.bias, operands.geometry, conv_of(operands.problem)
+
+    def dense(x, weight, bias):
+        return conv(x, weight, bias, *geometry)
+
+    call = wrap(dense)
+    return lambda: call(x, weight, bias)
+
+
+def _three(operands: Operands, layout: str, wrap: Callable = _as_it_is) -> Call:
+    ndim = operands.problem.spec.ndim
+    reduce, expand = pointwise(operands.u_in, ndim), pointwise(operands.u_out, ndim)
+    x, *weights = laid_out(layout, operands.input, reduce, operands.core, expand)
+    bias, geometry, conv = operands.bias, operands.geometry, conv_of(operands.problem)
+
+    def three(x, reduce, core, expand, bias):
+        return conv(conv(conv(x, reduce), core, None, *geometry), expand, bias)
+
+    call = wrap(three)
+    return lambda: call(x, *weights, bias)
+
+
+def _ours(operands: Operands, layout: str, backend: str | None) -> Call:
+    (x,) = laid_out(layout, operands.input)
+    factors, geometry = operands.factors, operands.geometry
+    return lambda: tucker_ops.tucker_conv(x, *factors, *geometry, backend=backend)
+
+
+def _op_problem(case: OpCase, device: torch.device) -> Problem:
+    problem, spec = case.problem, case.problem.spec
+    return Problem(
+        batch=problem.batch,
+        in_channels=spec.in_channels,
+        rank_in=problem.ranks[0],
+        rank_out=problem.ranks[1],
+        out_channels=spec.out_channels,
+        input_size=problem.size,
+        kernel_size=spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        dtype=problem.dtype,
+        device=device.type,
+        layout="channels_last",
+        bias=True,
+    )
+
+
+def described(problem: Problem, tf32: bool) -> dict[str, object]:
+    """How the cost model would have the kernels run a problem, and how long it thinks that takes."""
+    if problem.device != "cuda" or not native.load_cuda():
+        return {"how": None, "predicted_us": None}
+    choice = cuda.choice_of(problem, cuda.device_of(torch.cuda.current_device()), tf32)
+    return {"how": choice.text, "predicted_us": choice.microseconds}
