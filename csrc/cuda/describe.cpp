@@ -72,3 +72,16 @@ extern "C" __attribute__((visibility("default"))) int64_t tucker_ops_cuda_forms(
   }
   return count;
 }
+
+// Form `number` of a kind of the one-pass kernel: steps of rank_in and rank_out, depth, strides along depth and in the
+// plane, rows and columns of a tile, the least capability, and bytes of shared memory for `channels` with statistics.
+// Returns 0 beyond the last form.
+extern "C" __attribute__((visibility("default"))) int tucker_ops_cuda_form(int64_t kind_number, int64_t number, int64_t channels, int64_t* result) {
+  Kind kind;
+  if (!read_kind(kind_number, kind) || number < 0 || number >= static_cast<int64_t>(stream_forms(kind).size())) return 0;
+  const StreamForm& f = stream_forms(kind)[number];
+  const int64_t shared = stream_shared_bytes(kind, static_cast<int>(number), static_cast<int>(channels), true);
+  const int64_t values[9] = {f.steps_in, f.steps_out, f.depth, f.stride_depth, f.stride, f.height, f.width, f.least_capability, shared};
+  std::copy_n(values, 9, result);
+  return 1;
+}

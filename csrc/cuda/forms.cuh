@@ -87,20 +87,22 @@ struct KernelsOf {
 
 // Ranks up to 32 of 2 bytes. Tiles are as large as registers for the sums allow: up to 144 a thread, 192 on sm_90.
 template <class M>
-using StreamForms16 = Forms<Stream<M, 1, 2, 3, 1, 1, 8, 32>, Stream<M, 2, 2, 3, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 1, 1, 12, 32>, Stream<M, 2, 1, 3, 1, 1, 12, 32>, Stream<M, 1, 2, 3, 1, 1, 12, 16>,
-                            Stream<M, 2, 2, 3, 1, 1, 12, 16>, Stream<M, 1, 1, 1, 1, 1, 16, 32>, Stream<M, 2, 1, 1, 1, 1, 16, 32>,
-                            Stream<M, 1, 2, 1, 1, 1, 8, 32>, Stream<M, 2, 2, 1, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 2, 2, 8, 32>,
-                            Stream<M, 1, 2, 3, 2, 2, 8, 32>, Stream<M, 2, 1, 3, 2, 2, 4, 32>, Stream<M, 2, 2, 3, 2, 2, 4, 32>,
-                            Stream<M, 1, 1, 1, 1, 2, 8, 32>, Stream<M, 1, 2, 1, 1, 2, 8, 32>, Stream<M, 2, 1, 1, 1, 2, 4, 32>,
-                            Stream<M, 2, 2, 1, 1, 2, 4, 32>>;
-// Rank 16 of 4 bytes.
+using StreamForms16 =
+    Forms<Stream<M, 1, 2, 3, 1, 1, 8, 32>, Stream<M, 2, 2, 3, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 1, 1, 12, 32>, Stream<M, 2, 1, 3, 1, 1, 12, 32>,
+          Stream<M, 1, 2, 3, 1, 1, 12, 16>, Stream<M, 2, 2, 3, 1, 1, 12, 16>, Stream<M, 1, 1, 1, 1, 1, 16, 32>, Stream<M, 2, 1, 1, 1, 1, 16, 32>,
+          Stream<M, 1, 2, 1, 1, 1, 8, 32>, Stream<M, 2, 2, 1, 1, 1, 8, 32>, Stream<M, 1, 1, 3, 2, 2, 8, 32>, Stream<M, 1, 2, 3, 2, 2, 8, 32>,
+          Stream<M, 2, 1, 3, 2, 2, 4, 32>, Stream<M, 2, 2, 3, 2, 2, 4, 32>, Stream<M, 1, 1, 1, 1, 2, 8, 32>, Stream<M, 1, 2, 1, 1, 2, 8, 32>,
+          Stream<M, 2, 1, 1, 1, 2, 4, 32>, Stream<M, 2, 2, 1, 1, 2, 4, 32>>;
+// Rank 16 of 4 bytes. Splitting factors in two takes registers, so tiles of float32 proper are smaller.
 template <class M>
-using StreamForms32 = Forms<Stream<M, 2, 2, 3, 1, 1, 12, 32>, Stream<M, 2, 2, 1, 1, 1, 16, 32>>;
+using StreamFormsTf32 = Forms<Stream<M, 2, 2, 3, 1, 1, 12, 32>, Stream<M, 2, 2, 1, 1, 1, 16, 32>>;
+template <class M>
+using StreamFormsFp32 = Forms<Stream<M, 2, 2, 3, 1, 1, 8, 32>, Stream<M, 2, 2, 1, 1, 1, 8, 32>>;
 
-// Columns 64 and 32; the third and fourth for small maps, whose sums are shared out among warps.
-template <class M, int kGroups>
-using GatherFormsOf = Forms<Gather<M, 2, 2 * kGroups, 4, 1, false>, Gather<M, 2, kGroups, 4, 1, false>,
-                            Gather<M, 1, 2 * kGroups, 1, 8, false>, Gather<M, 1, kGroups, 1, 4, false>, Gather<M, 2, kGroups, 4, 1, true>,
-                            Gather<M, 2, 2 * kGroups, 4, 1, true>>;
+// 64 and 32 columns, kGroups groups being 32; kRows tiles of 16 voxels a warp. The third and fourth are for small maps,
+// whose sums are shared out among warps.
+template <class M, int kGroups, int kRows>
+using GatherFormsOf = Forms<Gather<M, kRows, 2 * kGroups, 4, 1, false>, Gather<M, 2, kGroups, 4, 1, false>, Gather<M, 1, 2 * kGroups, 1, 8, false>,
+                            Gather<M, 1, kGroups, 1, 4, false>, Gather<M, 2, kGroups, 4, 1, true>, Gather<M, kRows, 2 * kGroups, 4, 1, true>>;
 
 }  // namespace tucker_ops::cuda

@@ -2,6 +2,6 @@
 
 namespace tucker_ops::cuda {
 
-TUCKER_KERNELS_OF(Bf16, StreamForms16<Bf16>, 1)
+TUCKER_KERNELS_OF(Bf16, TUCKER_TYPE(StreamForms16<Bf16>), TUCKER_TYPE(GatherFormsOf<Bf16, 1, 2>))
 
 }  // namespace tucker_ops::cuda

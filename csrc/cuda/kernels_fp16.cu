@@ -2,6 +2,6 @@
 
 namespace tucker_ops::cuda {
 
-TUCKER_KERNELS_OF(Fp16, StreamForms16<Fp16>, 1)
+TUCKER_KERNELS_OF(Fp16, TUCKER_TYPE(StreamForms16<Fp16>), TUCKER_TYPE(GatherFormsOf<Fp16, 1, 2>))
 
 }  // namespace tucker_ops::cuda

@@ -14,6 +14,7 @@ import torch
 
 from tucker_ops.backends import cuda, select
 from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.backends.reference import REFERENCE
 
 
 @pytest.fixture(scope="session")
@@ -44,8 +45,9 @@ def emulated_backend(choice: list[int], device: cuda.Device = cuda.H200) -> Back
     yes = Verdict(True, "emulated")
     return Backend(
         name="emulated",
+        device=None,
         available=lambda: yes,
-        supports=lambda problem: yes,
+        supports=lambda problem: Verdict(problem.dtype in cuda.DTYPES, "by its dtype"),
         prefers=lambda problem: yes,
         run=lambda *args: cuda.run_on(device, choice, *args),
         describe=lambda problem: "emulated",
@@ -62,7 +64,7 @@ def emulated(emulated_library, monkeypatch):
     monkeypatch.setattr(cuda, "_functions", lambda: functions)
 
     def use(choice: list[int] = (), device: cuda.Device = cuda.H200) -> None:
-        monkeypatch.setattr(select, "ORDER", (emulated_backend(list(choice), device),))
+        monkeypatch.setattr(select, "ORDER", (emulated_backend(list(choice), device), REFERENCE))
 
     use()
     return use

@@ -25,7 +25,8 @@ class Verdict:
 class Backend:
     """One way to compute `tucker_conv` and `tucker_block`.
 
-    available: can it run on this machine at all? supports: can it run this problem? prefers: does it
+    device: the kind of device whose tensors it takes, "cpu" or "cuda", or None for any; the others are not asked about
+    tensors elsewhere. available: can it run on this machine at all? supports: can it run this problem? prefers: does it
     measure at least as fast as the reference on this kind of problem? run: computes it; called only
     where available and supports say yes, with geometry as one integer per axis. describe: how `run` would go
     about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`, where what
@@ -33,6 +34,7 @@ class Backend:
     """
 
     name: str
+    device: str | None
     available: Callable[[], Verdict]
     supports: Callable[[Problem], Verdict]
     prefers: Callable[[Problem], Verdict]
@@ -41,6 +43,9 @@ class Backend:
     supports_block: Callable[[BlockProblem], Verdict]
     run_block: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
-    def can_run(self, problem: Problem) -> Verdict:
-        """`supports` on a machine where the backend is available; else why it is not."""
-        return self.available() and self.supports(problem)
+    def can_run(self, problem: Problem | BlockProblem) -> Verdict:
+        """`supports` (of a block `supports_block`) on a machine where the backend is available; else why it is not."""
+        if self.device not in (None, problem.device):
+            return Verdict(False, f"tensors are on {problem.device}; this backend computes on {self.device}")
+        supports = self.supports_block if isinstance(problem, BlockProblem) else self.supports
+        return self.available() and supports(problem)

@@ -25,8 +25,6 @@ MANY_VOXELS = 4096
 
 
 def _supports(problem: Problem) -> Verdict:
-    if problem.device != "cpu":
-        return Verdict(False, f"tensors are on {problem.device}; this backend computes on the CPU")
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
@@ -113,8 +111,6 @@ def _describe(problem: Problem) -> str:
 
 
 def _supports_block(problem: BlockProblem) -> Verdict:
-    if problem.device != "cpu":
-        return Verdict(False, f"tensors are on {problem.device}; this backend computes on the CPU")
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return Verdict(
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
@@ -151,6 +147,7 @@ native.load()
 
 CPU = Backend(
     name="cpu",
+    device="cpu",
     available=native.load,
     supports=_supports,
     prefers=_prefers,

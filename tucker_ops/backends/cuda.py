@@ -124,6 +124,32 @@ def forms_of(problem: Problem, device: Device, tf32: bool = False) -> list[int]:
     return list(forms[: count(_numbers(problem, device, tf32), forms, 64)])
 
 
+@dataclass(frozen=True)
+class Form:
+    """One compiled form of the one-pass kernel: ranks in steps of 32 bytes, kernel and strides, tile of outputs.
+
+    shared_bytes: of a block, for the channels that were asked about, with statistics.
+    """
+
+    steps_in: int
+    steps_out: int
+    depth: int
+    stride_depth: int
+    stride: int
+    height: int
+    width: int
+    least_capability: int
+    shared_bytes: int
+
+
+def form(dtype: torch.dtype, number: int, channels: int, tf32: bool = False) -> Form | None:
+    """The form of this number; None beyond the last."""
+    result = (ctypes.c_int64 * 9)()
+    ask = _functions().tucker_ops_cuda_form
+    ask.argtypes = [ctypes.c_int64] * 3 + [ctypes.POINTER(ctypes.c_int64)]
+    return Form(*result) if ask(_kind(dtype, tf32), number, channels, result) else None
+
+
 def _available() -> Verdict:
     library = native.load_cuda()
     if not library:
@@ -133,9 +159,7 @@ def _available() -> Verdict:
     return Verdict(True, library.reason)
 
 
-def _supports_device(dtype: torch.dtype, device: str) -> Verdict:
-    if device != "cuda":
-        return Verdict(False, f"tensors are on {device}; this backend computes on NVIDIA GPUs")
+def _supports_dtype(dtype: torch.dtype) -> Verdict:
     if dtype not in DTYPES:
         return Verdict(
             False, f"computes float16, bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
@@ -165,8 +189,7 @@ def _fits(problem: Problem | BlockProblem) -> Verdict:
 
 
 def _supports(problem: Problem) -> Verdict:
-    device = _supports_device(problem.dtype, problem.device)
-    return _fits(problem) if device else device
+    return _supports_dtype(problem.dtype) and _fits(problem)
 
 
 def _prefers(problem: Problem) -> Verdict:
@@ -183,9 +206,9 @@ def _describe(problem: Problem) -> str:
 
 
 def _supports_block(problem: BlockProblem) -> Verdict:
-    device = _supports_device(problem.dtype, problem.device)
-    if not device:
-        return device
+    dtype = _supports_dtype(problem.dtype)
+    if not dtype:
+        return dtype
     if problem.stats == "covariance" and problem.u_out:
         return Verdict(False, "takes the covariance of the core's output only: leave u_out to the reader")
     if len(problem.channels) > MOST_SOURCES:
@@ -247,6 +270,7 @@ native.load_cuda()
 
 CUDA = Backend(
     name="cuda",
+    device="cuda",
     available=_available,
     supports=_supports,
     prefers=_prefers,

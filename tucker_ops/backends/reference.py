@@ -23,6 +23,7 @@ def _run_block(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 REFERENCE = Backend(
     name="reference",
+    device=None,
     available=lambda: Verdict(True, "plain PyTorch"),
     supports=lambda problem: Verdict(True, "runs every problem"),
     prefers=lambda problem: Verdict(True, "the fallback"),

@@ -99,10 +99,11 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
     return Explanation(problem, chosen.name, chosen.describe(problem), verdicts)
 
 
-def choose(problem: Problem, name: str | None = None) -> Backend:
+def choose(problem: Problem | BlockProblem, name: str | None = None) -> Backend:
     """The backend that runs `problem`: the named one, or the first that may and measures fast enough.
 
-    Raises BackendError for an unknown name and for a named backend that cannot run the problem.
+    What a block folds in always pays, so the first that can runs it. Raises BackendError for an unknown name and for a
+    named backend that cannot run the problem.
     """
     if name is None:
         return next(backend for backend in ORDER if _verdict(backend, problem))
@@ -110,29 +111,10 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
         if backend.name == name:
             verdict = backend.can_run(problem)
             if not verdict:
+                what = "this block" if isinstance(problem, BlockProblem) else describe(problem)
                 raise BackendError(
-                    f"backend {name!r} cannot run {describe(problem)}: {verdict.reason}; "
+                    f"backend {name!r} cannot run {what}: {verdict.reason}; "
                     "leave backend unset to let tucker_ops choose"
-                )
-            return backend
-    raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
-
-
-def block_verdict(backend: Backend, problem: BlockProblem) -> Verdict:
-    """Can `backend` run this block here?"""
-    return backend.available() and backend.supports_block(problem)
-
-
-def choose_block(problem: BlockProblem, name: str | None = None) -> Backend:
-    """The backend that runs a block: the named one, or the first that can. Raises BackendError as `choose` does."""
-    if name is None:
-        return next(backend for backend in ORDER if block_verdict(backend, problem))
-    for backend in ORDER:
-        if backend.name == name:
-            verdict = block_verdict(backend, problem)
-            if not verdict:
-                raise BackendError(
-                    f"backend {name!r} cannot run this block: {verdict.reason}; leave backend unset"
                 )
             return backend
     raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
@@ -145,15 +127,16 @@ def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
         kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=dtype, device=device,
         rows=(1,), expanded=False, u_out=True, stats="none",
     )  # fmt: skip
-    verdicts = {b.name: block_verdict(b, problem) for b in ORDER if b is not REFERENCE}
+    verdicts = {b.name: b.can_run(problem) for b in ORDER if b is not REFERENCE}
     for name, verdict in verdicts.items():
         if verdict:
             return Verdict(True, f"blocks run on {name}")
     return Verdict(False, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items()))
 
 
-def _verdict(backend: Backend, problem: Problem) -> Verdict:
-    return backend.can_run(problem) and backend.prefers(problem)
+def _verdict(backend: Backend, problem: Problem | BlockProblem) -> Verdict:
+    able = backend.can_run(problem)
+    return able if isinstance(problem, BlockProblem) else able and backend.prefers(problem)
 
 
 def _tucker_conv(
@@ -181,7 +164,7 @@ def _tucker_block(*args, backend=None):
     call, options = split_call(args)
     problem = block_problem_of(*call)
     geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
-    return choose_block(problem, backend).run_block(*call[:8], *geometry, *call[11:], *options)
+    return choose(problem, backend).run_block(*call[:8], *geometry, *call[11:], *options)
 
 
 LIBRARY.impl("tucker_block", _tucker_block, "CompositeExplicitAutograd")

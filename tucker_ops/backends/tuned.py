@@ -57,7 +57,9 @@ def read(path: Path) -> dict[str, list[int]]:
     """A table's problems; empty where there is none. BackendError for a file that is no table."""
     try:
         problems = json.loads(path.read_text())["problems"]
-        if not all(isinstance(v, list) and len(v) == 3 and all(type(n) is int for n in v) for v in problems.values()):
+        if not all(
+            isinstance(v, list) and len(v) == 3 and all(type(n) is int for n in v) for v in problems.values()
+        ):
             raise ValueError("entries must be three integers")
         return problems
     except FileNotFoundError:
