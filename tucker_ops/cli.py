@@ -1,4 +1,4 @@
-"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | bench | demo``.
+"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | bench | tune | demo``.
 
 Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at once.
 """
@@ -364,6 +364,31 @@ def bench(
     if force:
         command.append("--force")
     raise typer.Exit(subprocess.run(command, cwd=root).returncode)
+
+
+@app.command()
+def tune(
+    model: Annotated[Path, typer.Argument(help="Compressed model folder: its layers, at its patch size.")],
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Time the CUDA kernels' choices for a model's layers on this card, and remember the best of each.
+
+    The table lies in ~/.cache/tucker_ops (TUCKER_CACHE names another folder); delete it to go back to the cost model.
+
+    Example: tucker-ops tune hippocampus_half
+    """
+    from rich.progress import track
+
+    from tucker_ops.nnunet.tables import tuning_table
+    from tucker_ops.nnunet.tuning import problems_of, save_tunings, tune_here
+
+    problems = problems_of(model, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
+    show = console(stderr=True)
+    tunings = [tune_here(p) for p in track(problems, description="Timing layers", console=show)]
+    console().print(tuning_table(tunings))
+    console().print(f"written to {save_tunings(tunings)}")
 
 
 @app.command()

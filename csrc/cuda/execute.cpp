@@ -288,21 +288,21 @@ std::optional<StreamChoice> Execution::stream_choice(std::string& reason) const 
     return best;
   }
   if (c[1] == 0) return std::nullopt;
-  STD_TORCH_CHECK(best, call_.op, ": ", reason);
-  StreamChoice chosen = *best;
-  if (c.size() == 4) {
-    const auto& forms = stream_forms(kind_);
-    STD_TORCH_CHECK(c[2] >= 0 && c[2] < static_cast<int64_t>(forms.size()) && c[3] > 0, call_.op, ": no form ", c[2], " with chunks of ", c[3]);
-    const StreamForm& form = forms[c[2]];
-    const int step = step_of(kind_);
-    const int shared = stream_shared_bytes(kind_, static_cast<int>(c[2]), out_channels_, s.moments);
-    STD_TORCH_CHECK(form.steps_in * step >= rank_in_ && form.steps_out * step >= rank_out_ && form.depth == kernel_[0] && form.stride == stride_[1] &&
-                        form.stride_depth == stride_[0] && form.least_capability <= device_.capability && shared <= device_.shared_per_block,
-                    call_.op, ": form ", c[2], " does not compute this");
-    chosen.form = static_cast<int>(c[2]);
-    chosen.chunk = static_cast<int>(std::min<int64_t>(c[3], out_[0]));
+  const bool demanded = c[1] == 1;
+  STD_TORCH_CHECK(best || !demanded, call_.op, ": ", reason);
+  if (!best || c.size() < 4) return best;
+  const auto& forms = stream_forms(kind_);
+  const int number = static_cast<int>(c[2]), step = step_of(kind_);
+  bool fits = c[2] >= 0 && c[2] < static_cast<int64_t>(forms.size()) && c[3] > 0;
+  if (fits) {
+    const StreamForm& form = forms[number];
+    fits = form.steps_in * step >= rank_in_ && form.steps_out * step >= rank_out_ && form.depth == kernel_[0] && form.stride == stride_[1] &&
+           form.stride_depth == stride_[0] && form.least_capability <= device_.capability &&
+           stream_shared_bytes(kind_, number, out_channels_, s.moments) <= device_.shared_per_block;
   }
-  return chosen;
+  STD_TORCH_CHECK(fits || !demanded, call_.op, ": form ", c[2], " with chunks of ", c[3], " does not compute this");
+  if (!fits) return best;
+  return StreamChoice{number, static_cast<int>(std::min<int64_t>(c[3], out_[0])), best->microseconds};
 }
 
 void Execution::stream(const StreamChoice& choice) {

@@ -231,7 +231,9 @@ def _facts(tensor: Tensor) -> Device:
 
 def _run(input, u_in, core, u_out, bias, stride, padding, dilation) -> Tensor:
     device = _facts(input)
-    choice = tuned.choice(input, u_in, core, u_out, stride, padding, dilation, tf32_allowed())
+    channels = (*input.shape[:2], *reversed(core.shape[:2]), u_out.shape[0])
+    sizes = (channels, input.shape[2:], core, stride, padding, dilation)
+    choice = tuned.choice(input.device.index, input.dtype, *sizes, tf32_allowed())
     return run_on(device, choice, input, u_in, core, u_out, bias, stride, padding, dilation)
 
 
@@ -244,7 +246,18 @@ def run_on(device: Device, choice: list[int], input, u_in, core, u_out, bias, *g
 
 
 def _run_block(*args) -> tuple[Tensor, Tensor, Tensor]:
-    return run_block_on(_facts(args[0][0]), [int(tf32_allowed())], *args)
+    sources, expand, reduce, core, u_out = args[0], args[1], args[5], args[7], args[11]
+    first, tf32 = sources[0], tf32_allowed()
+    choice = [int(tf32)]
+    if u_out is not None:
+        wide = [s.shape[1] if u is None else u.shape[0] for s, u in zip(sources, expand, strict=True)]
+        channels = (first.shape[0], sum(wide), *reversed(core.shape[:2]), u_out.shape[0])
+        factor = (
+            reduce[0].shape[:-2] if reduce[0] is not None and reduce[0].dim() > 2 else [1] * (core.dim() - 2)
+        )
+        size = [n * f for n, f in zip(first.shape[2:], factor, strict=True)]
+        choice = tuned.choice(first.device.index, first.dtype, channels, size, core, *args[8:11], tf32)
+    return run_block_on(_facts(first), choice, *args)
 
 
 def run_block_on(

@@ -20,6 +20,8 @@ from tucker_ops.errors import BackendError
 
 SHIPPED = Path(__file__).parent / "tuned_tables"
 CACHE_VARIABLE = "TUCKER_CACHE"
+# The one-pass kernel in a form and with a chunk, where it can: a block may ask for what the timed op did not.
+PREFERRED = 2
 
 
 def cache_folder() -> Path:
@@ -87,15 +89,17 @@ def _table(index: int) -> dict[str, list[int]]:
 
 
 def choice(
-    input: Tensor, u_in: Tensor, core: Tensor, u_out: Tensor, stride, padding, dilation, tf32: bool
+    index: int, dtype: torch.dtype, channels, size, core: Tensor, stride, padding, dilation, tf32: bool
 ) -> list[int]:
-    """The op's `choice` argument for a call: what a table says, else whether TF32 will do and no more."""
-    channels = (input.shape[0], input.shape[1], *reversed(core.shape[:2]), u_out.shape[0])
-    key = key_of(
-        kind_of(input.dtype, tf32), channels, input.shape[2:], core.shape[2:], stride, padding, dilation
-    )
-    known = _table(input.device.index).get(key)
+    """The ops' `choice` argument for a call on GPU `index`: what a table says, else whether TF32 will do and no more.
+
+    channels: batch, C_in of all sources, R_in, R_out, C_out; size: the input's extents.
+    """
+    table = _table(index)
+    if not table:
+        return [int(tf32)]
+    known = table.get(key_of(kind_of(dtype, tf32), channels, size, core.shape[2:], stride, padding, dilation))
     if known is None:
         return [int(tf32)]
     one_pass, form, chunk = known
-    return [int(tf32), 1, form, chunk] if one_pass else [int(tf32), 0]
+    return [int(tf32), PREFERRED, form, chunk] if one_pass else [int(tf32), 0]

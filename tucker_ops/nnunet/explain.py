@@ -54,7 +54,7 @@ def explain_folder(
     kind = _device_type(device)
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
     manifest = read_manifest(folder.path) if (folder.path / MANIFEST_NAME).is_file() else None
-    network, calls = _trace(folder)
+    network, calls = convolution_calls(folder)
     reasons = {layer.name: layer.reason for layer in manifest.plan.layers} if manifest else {}
     errors = manifest.mean_errors() if manifest else {}
     fused = _fused_layers(network, kind)
@@ -80,7 +80,7 @@ def explain_folder(
     return result
 
 
-def _trace(folder: ModelFolder) -> tuple[nn.Module, list[tuple[str, tuple[int, ...]]]]:
+def convolution_calls(folder: ModelFolder) -> tuple[nn.Module, list[tuple[str, tuple[int, ...]]]]:
     """The network on the meta device, and (name, input shape) of each convolution call of one patch."""
     network = build_network(folder.architecture, folder.input_channels, folder.num_outputs).to("meta").eval()
     calls = []

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from tucker_ops.backends.autotune import Tuning
 from tucker_ops.convert import Plan
 from tucker_ops.nnunet.explain import LayerExplanation
 from tucker_ops.nnunet.manifest import Manifest
@@ -97,3 +98,19 @@ def _reasons(label: str, pairs: Iterable[tuple[str, str]]) -> list[Padding]:
         for reason, names in layers.items()
     ]
     return [Padding(text, (0, 0, 0, 1)) for text in texts]
+
+
+def tuning_table(tunings: Sequence[Tuning]) -> Table:
+    """One row per problem: the stages one by one, what the cost model would take, and the best, in microseconds."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layer")
+    for name in ("stages µs", "model µs", "best µs", "best"):
+        table.add_column(name, justify="right")
+    for tuning in tunings:
+        problem, (one_pass, form, chunk) = tuning.problem, tuning.best
+        size = "×".join(map(str, problem.input_size))
+        what = f"{problem.in_channels}→{problem.out_channels} r{problem.rank_in},{problem.rank_out} @{size}"
+        how = f"one pass {form}/{chunk}" if one_pass else "stages"
+        times = (tuning.times[0, 0, 0], tuning.times[tuning.modelled], tuning.times[tuning.best])
+        table.add_row(what, *(f"{time:.1f}" for time in times), how)
+    return table

@@ -29,7 +29,8 @@ LIBRARY.define(
 )
 
 # `device`: capability such as 90, multiprocessors, bytes of shared memory of a block and of a multiprocessor. `choice`:
-# empty, or 1 where TF32 will do for float32 and 0 where not, and after it what `tucker_ops.backends.cuda.Choice` says.
+# empty, or 1 where TF32 will do for float32 and 0 where not; after it 0 for the stages one by one, 1 for the one-pass
+# kernel or an error, 2 for it where it can, and after that its form and how many output planes a block makes.
 CUDA_ARGUMENTS = "int[] device, int[] choice"
 LIBRARY.define(
     f"_tucker_conv_cuda({_TENSORS}, Tensor? bias, int[] stride, int[] padding, int[] dilation, {CUDA_ARGUMENTS}) "
