@@ -8,7 +8,7 @@ PEERS := $(VENV)/.peers
 DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize emulate wheel clean
+.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize emulate gpu gpu-build gpu-test gpu-bench wheel clean
 
 demo: $(READY)
 	$(BIN)/tucker-ops demo -o demo_out
@@ -50,6 +50,33 @@ emulate: $(READY)
 		-DTORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
 	$(BIN)/cmake --build build/emulated --target emulated machine
 	$(BIN)/python tests/emulated/emulate.py build/emulated --every $(or $(EVERY),1)
+
+# On a machine with an NVIDIA GPU, nvcc, and a $(PYTHON) that has torch, numpy, cmake, ninja, setuptools and pytest: builds the
+# package in place for the cards found, tests it there, and times it. Without internet, a virtual environment, root or nnU-Net.
+# The parts, which run alone as well (those of the timing are ceilings, op, block and network):
+#   make gpu-build
+#   make gpu-test        or  $(PYTHON) -m pytest -q tests/cuda/test_on_gpu.py
+#   make gpu-bench       or  $(PYTHON) -m bench.gpu --part op
+# GPU_BENCH="-o FOLDER --commit HASH" says where results go, and which commit a checkout without its history is.
+# A test that fails does not keep the times back, each of which rests on a check of its own, but is told by the exit code.
+gpu:
+	$(MAKE) --no-print-directory gpu-build
+	@$(MAKE) --no-print-directory gpu-test; tested=$$?; $(MAKE) --no-print-directory gpu-bench && exit $$tested
+
+# Editable, so that what is tested is the checkout's; its metadata go to a folder of build, and nothing installed is touched.
+gpu-build:
+	architectures="$${TUCKER_CUDA_ARCHITECTURES:-$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader \
+		| tr -d '. ' | sort -u | sed 's/$$/-real/' | paste -sd ';')}"; \
+	test -n "$$architectures" || { echo "nvidia-smi names no GPU here; set TUCKER_CUDA_ARCHITECTURES" >&2; exit 1; }; \
+	TUCKER_CUDA=1 TUCKER_CUDA_ARCHITECTURES="$$architectures" $(PYTHON) -m pip install -q --no-build-isolation --no-deps \
+		--no-index --ignore-installed --no-warn-script-location --prefix $(abspath build/gpu) -e .
+
+# Not test_emulated.py: it needs no GPU, and is part of `make test`.
+gpu-test:
+	$(PYTHON) -m pytest -q tests/cuda --ignore tests/cuda/test_emulated.py
+
+gpu-bench:
+	@$(PYTHON) -m bench.gpu $(GPU_BENCH)
 
 wheel: $(READY)
 	rm -rf $(DIST) && mkdir -p $(DIST)

@@ -21,8 +21,8 @@ from bench.gpu.turns import (
     THREE_CONVS,
     Peer,
     Settings,
+    forget_compiled,
     measure,
-    rows_of,
     without_trials,
 )
 from bench.network_cases import as_convolutions
@@ -44,18 +44,18 @@ LAYOUTS = {"channels-last": LAST, "NCDHW": torch.contiguous_format}
 
 def measure_blocks(settings: Settings) -> Iterator[dict]:
     """Rows of the op against modules behind the norm, and of the five modules fused against themselves."""
-    dense, tucker = networks(network_cases.block, settings.device)
+    dense, tucker = networks(network_cases.block, settings)
     extent = EXTENT // settings.shrink
     x = torch.randn(1, CHANNELS, *(extent,) * 3, generator=torch.Generator().manual_seed(network_cases.SEED))
-    x = x.half().to(settings.device)
+    x = x.to(settings.device, settings.dtype)
     for name, measured in (("block", _op), ("block as modules", _modules)):
         settings.report(f"{name}: {CHANNELS} channels at {extent}³, rank {tucker[2].ranks[0]}")
         yield from measured(name, x, dense, tucker, settings)
-        torch.compiler.reset()
+        forget_compiled(settings)
 
 
-def networks(build: Callable[[], nn.Module], device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """A network in half precision, and another of the same structure factorised; random weights both.
+def networks(build: Callable[[], nn.Module], settings: Settings) -> tuple[nn.Module, nn.Module]:
+    """A network, and another of the same structure factorised; random weights both.
 
     Without decomposing: that needs a package more, and time does not depend on the weights.
     """
@@ -64,7 +64,7 @@ def networks(build: Callable[[], nn.Module], device: torch.device) -> tuple[nn.M
     with torch.device("meta"):
         ranks = plan(build(), CompressionConfig(factor=FACTOR)).ranks
     tucker = substitute(copy.deepcopy(dense), ranks).eval().requires_grad_(False)
-    return dense.half().to(device), tucker.half().to(device)
+    return tuple(network.to(settings.device, settings.dtype) for network in (dense, tucker))
 
 
 def about(name: str, x: Tensor, tucker: nn.Module) -> dict[str, object]:
@@ -74,12 +74,11 @@ def about(name: str, x: Tensor, tucker: nn.Module) -> dict[str, object]:
         "part": "block",
         "case": name,
         "layer": f"{CHANNELS}→{CHANNELS} 3³ @{x.shape[-1]}³ r{conv.ranks[0]}",
-        "kind": "float16",
+        "kind": str(x.dtype).removeprefix("torch."),
         "gate": GATE,
         "floor_bytes": floor.bytes,
         "floor_macs": floor.macs,
         "copied_bytes": 2 * x.numel() * x.element_size(),
-        "targets": {},
     }
 
 
@@ -91,7 +90,7 @@ def _op(name: str, x: Tensor, dense: nn.Module, tucker: nn.Module, settings: Set
         scale = norm.weight.double() * torch.rsqrt(flat.var(2, correction=0) + norm.eps)
         shift = norm.bias.double() - flat.mean(2) * scale
         exact = _activated(x, scale, shift)
-        given = exact.half()
+        given = exact.to(x.dtype)
         expected = {
             DENSE: copy.deepcopy(dense[2:]).double()(exact),
             THREE_CONVS: copy.deepcopy(tucker[2:]).double()(exact),
@@ -127,14 +126,13 @@ def _op(name: str, x: Tensor, dense: nn.Module, tucker: nn.Module, settings: Set
         return error_of_affine((values, *affine))
 
     peers += [
-        Peer("tucker_block", "channels-last", OURS, lambda: block, error_of_block, shown=True),
+        Peer("tucker_block", "channels-last", OURS, lambda: block, error_of_block, shown=True, targets=TARGETS),
         Peer(
             "tucker_block, then scale and shift of the norm", "channels-last", OURS, lambda: with_affine,
             error_of_affine, shown=True,
         ),
     ]  # fmt: skip
-    rows = rows_of(measure(peers, GATE, Clock(settings.device, apart=True), settings), about(name, x, tucker))
-    return [{**row, "targets": TARGETS if row["peer"] == "tucker_block" else {}} for row in rows]
+    return measure(peers, GATE, Clock(settings.device, apart=True), settings, about(name, x, tucker))
 
 
 def _modules(name: str, x: Tensor, dense: nn.Module, tucker: nn.Module, settings: Settings) -> list[dict]:
@@ -155,7 +153,7 @@ def _modules(name: str, x: Tensor, dense: nn.Module, tucker: nn.Module, settings
                 lambda result, g=group: relative_rms(result, expected[g]), shown=network is tucker,
             )
         )  # fmt: skip
-    return rows_of(measure(peers, GATE, Clock(settings.device, apart=True), settings), about(name, x, tucker))
+    return measure(peers, GATE, Clock(settings.device, apart=True), settings, about(name, x, tucker))
 
 
 def fused_call(network: nn.Module, x: Tensor) -> Call:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,13 +21,14 @@ from bench.gpu.turns import (
     THREE_CONVS,
     Peer,
     Settings,
+    forget_compiled,
     measure,
-    rows_of,
     without_trials,
 )
 from bench.gpu.unet import FEATURES, PlainConvUNet
 from bench.network_cases import as_convolutions
 from bench.operands import relative_rms
+from tucker_ops import fuse
 from tucker_ops.cost import dense_cost, one_pass_cost
 from tucker_ops.nn import TuckerConv3d, spec_of
 
@@ -34,9 +36,8 @@ EXTENT = 128
 # Of a whole network in float16, by the bench's gate for bfloat16 (2.5e-2) and what float16 keeps more, rounded up.
 GATE = 5e-3
 TARGETS = {"dense": 3.0, "dense_compiled": 2.0, "three": 2.5, "three_compiled": 2.0, "ms": 2.5}
-GRAPH, LAUNCHED = "fused, CUDA graph", "fused"
-# A graph keeps its memory from one replay to the next, so that its peak cannot be seen.
-MOST_SHARE_OF_PEAK = {GRAPH: {}, LAUNCHED: {"peak": 0.5}}
+# Not of a CUDA graph: it keeps its memory from one replay to the next, so that its peak cannot be seen.
+MOST_SHARE_OF_PEAK = {"peak": 0.5}
 SECONDS = 4.0
 
 
@@ -44,9 +45,9 @@ def measure_networks(settings: Settings, features: Sequence[int] = FEATURES) -> 
     """One row for each way to run the network."""
     # Each stage but the first halves the extents, and a norm needs more than one voxel.
     extent = max(EXTENT // settings.shrink, 2 ** len(features))
-    dense, tucker = networks(partial(PlainConvUNet, features=features), settings.device)
+    dense, tucker = networks(partial(PlainConvUNet, features=features), settings)
     x = torch.randn(1, 1, *(extent,) * 3, generator=torch.Generator().manual_seed(network_cases.SEED))
-    x = x.half().to(settings.device)
+    x = x.to(settings.device, settings.dtype)
     settings.report(f"network: PlainConvUNet of {len(features)} stages at {extent}³, rank {FACTOR:g}")
     expected = {}
     with torch.inference_mode(), without_trials():
@@ -57,20 +58,18 @@ def measure_networks(settings: Settings, features: Sequence[int] = FEATURES) -> 
         "part": "network",
         "case": f"PlainConvUNet {extent}³",
         "layer": f"{len(features)} stages, {min(features)} to {max(features)} channels, rank {FACTOR:g}",
-        "kind": "float16",
+        "kind": str(x.dtype).removeprefix("torch."),
         "gate": GATE,
         "floor_bytes": bytes_moved,
         "floor_macs": macs,
         "copied_bytes": None,
-        "targets": {},
     }
     peers = peers_of(dense, tucker, x, expected)
-    seconds = Settings(**{**vars(settings), "seconds": max(settings.seconds, SECONDS / settings.shrink)})
-    rows = rows_of(measure(peers, GATE, Clock(settings.device, apart=False), seconds), about)
+    longer = replace(settings, seconds=max(settings.seconds, SECONDS / settings.shrink))
+    rows = measure(peers, GATE, Clock(settings.device, apart=False), longer, about)
     gc.collect()
-    torch.compiler.reset()
-    for row in rows:
-        yield {**row, "targets": TARGETS | MOST_SHARE_OF_PEAK[row["peer"]] if row["shown"] else {}}
+    forget_compiled(settings)
+    yield from rows
 
 
 def peers_of(dense: nn.Module, tucker: nn.Module, x: Tensor, expected: dict[str, Tensor]) -> list[Peer]:
@@ -87,10 +86,15 @@ def peers_of(dense: nn.Module, tucker: nn.Module, x: Tensor, expected: dict[str,
         peer("dense, half, CUDA graph", "channels-last", "", DENSE, lambda: captured(_half(dense, x), x)),
         peer("three convolutions, autocast", "NCDHW", THREE_CONVS, THREE_CONVS, lambda: _autocast(three, x)),
         peer("three convolutions, half", "channels-last", THREE_CONVS, THREE_CONVS, lambda: _half(three, x)),
-        peer(LAUNCHED, "channels-last", OURS, THREE_CONVS, lambda: fused_call(tucker, x), shown=True),
         peer(
-            GRAPH, "channels-last", OURS, THREE_CONVS, lambda: captured(fused_call(tucker, x), x), shown=True
+            "fused", "channels-last", OURS, THREE_CONVS, lambda: fused_call(tucker, x), shown=True,
+            targets=TARGETS | MOST_SHARE_OF_PEAK,
         ),
+        peer(
+            "fused, CUDA graph", "channels-last", OURS, THREE_CONVS, lambda: captured(fused_call(tucker, x), x),
+            shown=True, targets=TARGETS,
+        ),
+        peer("fused, autocast", "NCDHW", OURS, THREE_CONVS, lambda: _autocast(fuse(copy.copy(tucker)), x)),
         peer("dense, fused", "channels-last", OURS, DENSE, lambda: fused_call(dense, x)),
         peer(
             "dense, half, torch.compile", "channels-last", DENSE + COMPILED, DENSE,

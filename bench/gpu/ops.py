@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 
 import torch
@@ -19,8 +19,8 @@ from bench.gpu.turns import (
     THREE_CONVS,
     Peer,
     Settings,
+    forget_compiled,
     measure,
-    rows_of,
     without_trials,
 )
 from bench.operands import Operands, float64_reference, make_operands, relative_rms
@@ -39,8 +39,7 @@ def measure_ops(settings: Settings) -> Iterator[dict]:
         settings.report(f"op {case.name}, {case.kind}: {case.problem}")
         with float32_by(case.kind == TF32), torch.inference_mode():
             yield from _measure(case, clock, settings)
-        # Compiled peers of earlier cases would count against torch's limit on recompiling.
-        torch.compiler.reset()
+        forget_compiled(settings)
 
 
 def _measure(case: OpCase, clock: Clock, settings: Settings) -> list[dict]:
@@ -60,11 +59,10 @@ def _measure(case: OpCase, clock: Clock, settings: Settings) -> list[dict]:
         "floor_macs": floor.macs,
         "copied_bytes": case.copied_bytes,
         "dense_macs": dense_cost(spec, problem.size, **size).macs,
-        "targets": dict(case.targets),
         **described(_op_problem(case, settings.device), case.kind == TF32),
     }
-    peers = peers_of(operands, reference, settings.backend)
-    return rows_of(measure(peers, GATES[case.kind], clock, settings), about)
+    peers = peers_of(operands, reference, settings.backend, case.targets)
+    return measure(peers, GATES[case.kind], clock, settings, about)
 
 
 def on(operands: Operands, device: torch.device) -> Operands:
@@ -72,7 +70,9 @@ def on(operands: Operands, device: torch.device) -> Operands:
     return replace(operands, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def peers_of(operands: Operands, reference: Tensor, backend: str | None) -> list[Peer]:
+def peers_of(
+    operands: Operands, reference: Tensor, backend: str | None, targets: Mapping[str, float]
+) -> list[Peer]:
     """Eager peers and ours in both layouts, compiled ones channels-last alone: each takes seconds to compile."""
 
     def error_of(result: Tensor) -> float:
@@ -86,7 +86,7 @@ def peers_of(operands: Operands, reference: Tensor, backend: str | None) -> list
             Peer("three convolutions", short, THREE_CONVS, lambda at=layout: _three(operands, at), error_of),
             Peer(
                 "tucker_conv", short, OURS, lambda at=layout: _ours(operands, at, backend), error_of,
-                shown=layout == "channels_last",
+                shown=layout == "channels_last", targets=targets if layout == "channels_last" else {},
             ),
         ]  # fmt: skip
     last = SHORT["channels_last"]

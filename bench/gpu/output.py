@@ -24,13 +24,14 @@ SUMMARY = (
 DETAILS = ("peer", "layout", "µs", "quartiles", "in a row µs", "dense ÷ it", "three ÷ it", "peak MB", "error")
 TEXT_COLUMNS = 4
 LEGEND = (
-    "Every time is a median, and every ratio other ÷ ours in the same rounds, its median over them: above 1, ours is faster. "
-    "dense, three: one convolution or three (of a network: as nnU-Net runs it, fp16 autocast), the faster layout; compiled: by "
-    "torch.compile. Times of op and block are the kernels' from a cold L2 cache on, those of networks one call's from an idle "
-    "GPU on, launches included; in a row: a call's share of {in_a_row} issued one after the other. Floor: the larger of the least traffic "
-    "at the speed of the copy and the arithmetic of one pass, counted as direct convolutions, at the rate of the matrix product; "
-    "÷ copy: time ÷ that of copying input and output once. model: what the cost model predicted. Error: relative RMS "
-    "against float64. Peak: memory allocated beyond weights and input."
+    "Every time is a median, and every ratio other ÷ ours in the same rounds, its median over them: above 1, ours is "
+    "faster. dense, three: one convolution or three (of a network: as nnU-Net runs it, fp16 autocast), the faster "
+    "layout; compiled: by torch.compile. Times of op and block are the kernels' from a cold L2 cache on, those of "
+    "networks one call's from an idle GPU on, launches included; in a row: a call's share of {in_a_row} issued one "
+    "after the other. Floor: the larger of the least traffic at the speed of the copy and the arithmetic of one pass, "
+    "counted as direct convolutions, at the rate of the matrix product; ÷ copy: time ÷ that of copying input and "
+    "output once. model: what the cost model predicted. Error: relative RMS against float64. Peak: memory allocated "
+    "beyond weights and input."
 )
 
 
@@ -40,7 +41,7 @@ def with_floors(rows: Sequence[Row], ceilings: Row | None, origin: Row) -> list[
     for row in rows:
         if row["part"] != "ceilings" and row.get("status"):
             row = {**row, **_floors(row, ceilings or {})}
-            row["verdicts"] = verdicts(row)
+            row["verdicts"] = verdicts(row) if row.get("shown") else []
         done.append({**row, **origin})
     return done
 
@@ -101,10 +102,11 @@ def headline(rows: Sequence[Row]) -> list[str]:
         return ["Nothing was measured."]
     row = rows[0]
     lines = [
-        f"{row.get('gpu') or row['device']} ({row.get('multiprocessors')} multiprocessors, capability {row.get('capability')}), "
-        f"driver {row['driver']}, clocks as found: SM {row['sm_mhz']} of {row['most_sm_mhz']} MHz, memory {row['memory_mhz']} MHz; "
-        f"torch {row['torch']}, CUDA {row['cuda']}, cuDNN {row['cudnn']}, Triton {row['triton']}; tucker_ops "
-        f"{row['tucker_ops']}, commit {row['commit']}; {row['date']}"
+        f"{row.get('gpu') or row['device']} ({row.get('multiprocessors')} multiprocessors, capability "
+        f"{row.get('capability')}), driver {row['driver']}, clocks as found: SM {row['sm_mhz']} of "
+        f"{row['most_sm_mhz']} MHz, memory {row['memory_mhz']} MHz; torch {row['torch']}, CUDA {row['cuda']}, "
+        f"cuDNN {row['cudnn']}, Triton {row['triton']}; tucker_ops {row['tucker_ops']}, "
+        f"commit {row['commit']}; {row['date']}"
     ]
     for row in rows:
         if row["part"] == "ceilings" and "copy_gb_per_s" in row:

@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -36,7 +36,9 @@ class Settings:
     """How a part is run.
 
     seconds: of rounds, for each case. deadline: by `time.monotonic`, after which nothing new is begun. compile_seconds:
-    the most that one compilation may take. backend: that of ours. shrink: divides all extents, for tests.
+    the most that one compilation may take. keep: is given rows of a case that are not yet all, in case
+    the process is ended before they are. For tests, backend: that of ours; shrink: divides all extents; dtype: of block
+    and network.
     """
 
     device: torch.device
@@ -46,7 +48,9 @@ class Settings:
     compile: bool = True
     backend: str | None = "cuda"
     shrink: int = 1
+    dtype: torch.dtype = torch.float16
     report: Callable[[str], None] = field(default=lambda line: None)
+    keep: Callable[[list[dict]], None] | None = None
 
     @property
     def left(self) -> float:
@@ -57,9 +61,9 @@ class Settings:
 class Peer:
     """One way to compute a case. `prepare` lays out, compiles or captures, and returns the call that is timed.
 
-    error_of: relative RMS error of a result against float64. group: which baseline this is a layout or form of (`DENSE`, `THREE_CONVS`, either with `COMPILED`), OURS, or
-    "" for a further one. shown: has a line of its own in the summary. slow: `prepare` and the first call are limited to
-    Settings.compile_seconds.
+    error_of: relative RMS error of a result against float64. group: which baseline this is a layout of (`DENSE`,
+    `THREE_CONVS`, either with `COMPILED`), OURS, or "" for a further one. shown: has a line of its own in the summary.
+    slow: preparing and checking are limited to Settings.compile_seconds. targets: see `bench.gpu.output.verdicts`.
     """
 
     name: str
@@ -69,6 +73,7 @@ class Peer:
     error_of: Callable[[object], float]
     shown: bool = False
     slow: bool = False
+    targets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -98,20 +103,42 @@ class Outcome:
         return tuple(statistics.quantiles(self.samples, n=4, method="inclusive"))
 
 
-def measure(peers: Sequence[Peer], gate: float, clock: Clock, settings: Settings) -> list[Outcome]:
-    """An outcome for each peer, in order; `gate` is the largest error that is accepted."""
-    outcomes, calls = [], {}
+def measure(
+    peers: Sequence[Peer], gate: float, clock: Clock, settings: Settings, about: dict[str, object]
+) -> list[dict[str, object]]:
+    """A row for each peer, in order. `gate`: the largest error that is accepted; `about`: what all rows have in common.
+
+    Peers that are slow to prepare come last, after a few rounds of the others.
+    """
+    outcomes: dict[int, Outcome] = {}
+    calls: dict[int, Call] = {}
+    order = sorted(range(len(peers)), key=lambda index: peers[index].slow)
     with torch.inference_mode():
-        for index, peer in enumerate(peers):
-            outcome, call = _checked(peer, gate, clock, settings)
-            outcomes.append(outcome)
+        first_slow = next((index for index in order if peers[index].slow), None)
+        for index in order:
+            if index == first_slow and settings.keep is not None:
+                settings.keep(rows_of(_timed(outcomes, calls, clock, 0.0), about))
+            outcomes[index], call = _checked(peers[index], gate, clock, settings)
             if call is not None:
                 calls[index] = call
-            if outcome.status != MEASURED:
-                settings.report(f"  {peer.name}, {peer.layout}: {outcome.status}: {outcome.reason}")
-        for index, samples in _take_turns(calls, clock, settings.seconds).items():
-            outcomes[index] = replace(outcomes[index], samples=samples, in_a_row=clock.in_a_row(calls[index]))
-    return outcomes
+            else:
+                outcome = outcomes[index]
+                settings.report(
+                    f"  {outcome.peer.name}, {outcome.peer.layout}: {outcome.status}: {outcome.reason}"
+                )
+        return rows_of(_timed(outcomes, calls, clock, settings.seconds), about)
+
+
+def _timed(
+    outcomes: dict[int, Outcome], calls: dict[int, Call], clock: Clock, seconds: float
+) -> list[Outcome]:
+    samples = _take_turns(calls, clock, seconds)
+    return [
+        replace(outcomes[index], samples=samples[index], in_a_row=clock.in_a_row(calls[index]))
+        if index in samples
+        else outcomes[index]
+        for index in sorted(outcomes)
+    ]
 
 
 def _checked(peer: Peer, gate: float, clock: Clock, settings: Settings) -> tuple[Outcome, Call | None]:
@@ -130,8 +157,7 @@ def _checked(peer: Peer, gate: float, clock: Clock, settings: Settings) -> tuple
         error = peer.error_of(result)
         del result
     except OutOfTime:
-        if hasattr(torch, "compiler"):
-            torch.compiler.reset()
+        forget_compiled(settings)
         return Outcome(peer, LEFT_OUT, f"not ready after {allowed:.0f} s"), None
     except Exception as error:
         # Whatever a peer's code raises: the others go on, and the reason is printed.
@@ -142,6 +168,12 @@ def _checked(peer: Peer, gate: float, clock: Clock, settings: Settings) -> tuple
         return Outcome(peer, REFUSED, reason, error), None
     # None needed: its memory was taken beforehand, and cannot be told from other tensors.
     return Outcome(peer, MEASURED, None, error, peak_bytes=peak or None), call
+
+
+def forget_compiled(settings: Settings) -> None:
+    """After each case: compiled peers of earlier ones would count against torch's limit on recompiling."""
+    if settings.compile:
+        torch.compiler.reset()
 
 
 def _first_line(error: Exception) -> str:
@@ -172,13 +204,15 @@ def limited_to(seconds: float) -> Iterator[None]:
     def out(signum, frame):
         raise OutOfTime
 
-    before = signal.signal(signal.SIGALRM, out)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    handler = signal.signal(signal.SIGALRM, out)
+    timer = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, handler)
+        # Somebody else's, such as that of a test runner.
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 @contextmanager
@@ -224,6 +258,7 @@ def rows_of(outcomes: Sequence[Outcome], about: dict[str, object]) -> list[dict[
             "layout": peer.layout,
             "group": peer.group,
             "shown": peer.shown,
+            "targets": dict(peer.targets),
             "status": outcome.status,
             "reason": outcome.reason,
             "relative_rms": finite(outcome.relative_rms),

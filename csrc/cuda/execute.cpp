@@ -133,6 +133,7 @@ class Execution {
 
   Source source_of(const Values& values, size_t i, bool pending);
   Tensor packed(const void* from, int rows, int columns, int pitch, int64_t taps, int64_t tap_stride, int64_t row_stride, int64_t column_stride);
+  void pack_now();
   void weigh(Source& source, const Tensor& weight, int rows, int pitch);
   GatherParams gather(const Extents& out) const;
   Values gathered(GatherParams& p, int columns, const std::optional<Tensor>& bias);
@@ -154,6 +155,8 @@ class Execution {
   int batch_, rank_in_, rank_out_, out_channels_;
   Extents kernel_, stride_, padding_, dilation_, factor_, in_, out_;
   std::optional<Tensor> values_, mean_, m2_;
+  PackParams pack_{};
+  int jobs_ = 0;
   // Lives until all launches are queued; torch reuses it in the order of the stream.
   std::vector<Tensor> kept_;
 };
@@ -179,10 +182,16 @@ Tensor Execution::packed(const void* from, int rows, int columns, int pitch, int
                          int64_t column_stride) {
   const int padded = static_cast<int>(round_up(rows, 8));
   Tensor to = scratch({taps, padded, pitch}, dtype());
-  PackParams p{from, output(to), rows, columns, padded, pitch, taps, tap_stride, row_stride, column_stride, 0};
-  check(start_pack(kind_, p, on_.stream()));
+  if (jobs_ == kMostJobs) pack_now();
+  pack_.job[jobs_++] = {from, output(to), rows, columns, padded, pitch, taps, tap_stride, row_stride, column_stride};
   kept_.push_back(to);
   return to;
+}
+
+// Everything queued, before the first kernel that reads it.
+void Execution::pack_now() {
+  if (jobs_ > 0) check(start_pack(kind_, pack_, jobs_, on_.stream()));
+  jobs_ = 0;
 }
 
 // A packed weight [taps or classes, rows rounded up, pitch].
@@ -228,6 +237,7 @@ void Execution::launch(GatherParams& p, int64_t depth, bool moments) {
     partial = scratch({batch_, blocks, out_channels_, 3}, ScalarType::Float);
     p.moments = static_cast<Moments*>(output(*partial));
   }
+  pack_now();
   check(start_gather(kind_, form, p, batch_, on_.stream()));
   if (partial) statistics(*partial, blocks);
 }
@@ -341,6 +351,7 @@ void Execution::stream(const StreamChoice& choice) {
     moments = scratch({batch_, stream_blocks(p), out_channels_, 3}, ScalarType::Float);
     p.moments = static_cast<Moments*>(output(*moments));
   }
+  pack_now();
   check(start_stream(kind_, choice.form, p, batch_, on_.stream()));
   if (moments) statistics(*moments, stream_blocks(p));
 }
@@ -427,8 +438,14 @@ void Execution::stages() {
     source.coarse = false;
     const int columns = read[i].channels, pitch = static_cast<int>(round_up(read[i].channels, group_of(kind_)));
     const auto* core = static_cast<const char*>(input<void>(*call_.core)) + offset * taps * bytes_of(kind_);
-    weigh(source, packed(core, rank_out_, columns, pitch, taps, 1, rank_in_ * taps, taps), rank_out_, pitch);
     offset += columns;
+    if (read.size() == 1 && taps > 1 && columns < chunk_of(kind_)) {
+      source.taps_within = true;
+      const int together = static_cast<int>(columns * taps), padded = static_cast<int>(round_up(together, group_of(kind_)));
+      weigh(source, packed(core, rank_out_, together, padded, 1, 0, together, 1), rank_out_, padded);
+      continue;
+    }
+    weigh(source, packed(core, rank_out_, columns, pitch, taps, 1, rank_in_ * taps, taps), rank_out_, pitch);
   }
   const int64_t depth = taps * rank_in_;
   const bool element_values = values_->scalar_type() == dtype();

@@ -66,10 +66,15 @@ struct KernelsOf {
       return start<K>(p, {gather_blocks(p, shape), columns, batch}, K::shared_bytes(channels, p.moments != nullptr), stream);
     });
   }
-  static std::string start_pack(PackParams p, void* stream) {
-    p.blocks = static_cast<int>((p.taps * p.padded_rows * p.pitch + Pack<M>::kThreads - 1) / Pack<M>::kThreads);
-    if (p.blocks > 1024) p.blocks = 1024;
-    return start<Pack<M>>(p, {p.blocks}, 0, stream);
+  static std::string start_pack(PackParams p, int jobs, void* stream) {
+    int64_t most = 1;
+    for (int i = 0; i < jobs; ++i) {
+      const int64_t elements = p.job[i].taps * p.job[i].padded_rows * p.job[i].pitch;
+      most = elements > most ? elements : most;
+    }
+    const int64_t blocks = (most + Pack<M>::kThreads - 1) / Pack<M>::kThreads;
+    p.blocks = static_cast<int>(blocks < 256 ? blocks : 256);
+    return start<Pack<M>>(p, {p.blocks, jobs}, 0, stream);
   }
   static std::string start_covariance(const CovarianceParams& p, int batch, void* stream) {
     const int tiles = (p.channels + Covariance<M>::kSide - 1) / Covariance<M>::kSide;

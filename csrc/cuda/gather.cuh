@@ -91,6 +91,20 @@ struct Gather {
     return left < 0 ? 0 : left < kRows * 16 ? left : kRows * 16;
   }
 
+  // A group of all rows, from `channel` on in this lane, times the columns of its weight.
+  static TUCKER_DEVICE void multiply_columns(const Params& p, const Source& source, const Element* weight, int columns, int channel,
+                                             const Words4 (&x)[kRows][2], float (&c)[kRows][kTiles][4]) {
+    const int g = thread_index() % 32 / 4;
+    TUCKER_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int own = columns + tile / kUnitTiles * kUnit + channel_of<M>(kUnit, tile % kUnitTiles, g);
+      Words4 column = {};
+      if (own < p.columns && channel < source.pitch) column = load16(weight + static_cast<int64_t>(own) * source.pitch + channel);
+      TUCKER_UNROLL
+      for (int t = 0; t < kRows; ++t) multiply_group<M>(c[t][tile], x[t][0], x[t][1], column);
+    }
+  }
+
   static TUCKER_DEVICE void multiply(const Params& p, const Grid& grid, int first, int slice, int columns, float (&c)[kRows][kTiles][4]) {
     const int lane = thread_index() % 32, g = lane / 4, q = lane % 4, n = block_index().z;
     // Of this lane's rows, where the first tap reads; in a volume of one kind of voxel that is the output's own place.
@@ -105,6 +119,10 @@ struct Gather {
         TUCKER_UNROLL
         for (int a = 0; a < 3; ++a) base[t][r][a] = v.out[a] * p.stride[a] - p.padding[a];
       }
+    }
+    if (p.source[0].taps_within) {
+      multiply_taps(p, base, valid, slice, columns, c);
+      return;
     }
     int turn = 0;
     const int taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
@@ -156,17 +174,51 @@ struct Gather {
               }
             }
           }
+          multiply_columns(p, source, weight, columns, channel, x, c);
+        }
+      }
+    }
+  }
+
+  // The product of a source of few channels: taps and channels together make the groups, element by element.
+  static TUCKER_DEVICE void multiply_taps(const Params& p, const int (&base)[kRows][2][3], const bool (&valid)[kRows][2], int slice,
+                                          int columns, float (&c)[kRows][kTiles][4]) {
+    const int q = thread_index() % 4, n = block_index().z;
+    const Source& source = p.source[0];
+    const bool pending = Activation<M, false>::wanted(source);
+    const int taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    const auto* volume = static_cast<const Element*>(source.x) +
+                         static_cast<int64_t>(n) * source.extent[0] * source.extent[1] * source.extent[2] * source.spacing;
+    TUCKER_NO_UNROLL
+    for (int group = 0; group < source.channels * taps; group += M::kGroup) {
+      if (kSliceWarps > 1 && group / M::kGroup % kSliceWarps != slice) continue;
+      const int first = group + M::kGroup / 4 * q;
+      Words4 x[kRows][2] = {};
+      TUCKER_UNROLL
+      for (int i = 0; i < M::kChunk; ++i) {
+        const int channel = (first + i) / taps, tap = (first + i) % taps;
+        if (channel >= source.channels) continue;
+        const int shift[3] = {tap / p.kernel[2] / p.kernel[1] * p.dilation[0], tap / p.kernel[2] % p.kernel[1] * p.dilation[1],
+                              tap % p.kernel[2] * p.dilation[2]};
+        const float scale = source.scale ? load(source.scale + n * source.channels + channel) : 1.0f;
+        const float offset = source.shift ? load(source.shift + n * source.channels + channel) : 0.0f;
+        TUCKER_UNROLL
+        for (int t = 0; t < kRows; ++t) {
           TUCKER_UNROLL
-          for (int tile = 0; tile < kTiles; ++tile) {
-            const int own = columns + tile / kUnitTiles * kUnit + channel_of<M>(kUnit, tile % kUnitTiles, g);
-            Words4 column = {};
-            if (own < p.columns && channel < source.pitch)
-              column = load16(weight + static_cast<int64_t>(own) * source.pitch + channel);
-            TUCKER_UNROLL
-            for (int t = 0; t < kRows; ++t) multiply_group<M>(c[t][tile], x[t][0], x[t][1], column);
+          for (int r = 0; r < 2; ++r) {
+            const int d = base[t][r][0] + shift[0], h = base[t][r][1] + shift[1], w = base[t][r][2] + shift[2];
+            if (!valid[t][r] || d < 0 || d >= source.extent[0] || h < 0 || h >= source.extent[1] || w < 0 || w >= source.extent[2]) continue;
+            const int64_t voxel = (static_cast<int64_t>(d) * source.extent[1] + h) * source.extent[2] + w;
+            Element element = load(volume + voxel * source.spacing + channel);
+            if (pending) element = element_of<M>(activated(value_of<M>(element), scale, offset, source.slope));
+            if constexpr (M::kSize == 2)
+              x[t][r].v[i / 2] |= static_cast<uint32_t>(element) << (i % 2 * 16);
+            else
+              x[t][r].v[i] = as_word(element);
           }
         }
       }
+      multiply_columns(p, source, static_cast<const Element*>(source.weight), columns, first, x, c);
     }
   }
 

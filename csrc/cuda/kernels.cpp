@@ -43,7 +43,7 @@ std::string start_gather(Kind kind, int form, const GatherParams& p, int batch, 
   return table_of(kind).start_gather(form, p, batch, stream);
 }
 
-std::string start_pack(Kind kind, const PackParams& p, void* stream) { return table_of(kind).start_pack(p, stream); }
+std::string start_pack(Kind kind, const PackParams& p, int jobs, void* stream) { return table_of(kind).start_pack(p, jobs, stream); }
 
 std::string start_covariance(Kind kind, const CovarianceParams& p, int batch, void* stream) {
   return table_of(kind).start_covariance(p, batch, stream);

@@ -40,7 +40,7 @@ int gather_shared_bytes(Kind kind, int form, int channels, bool moments);
 // Each returns nothing, or what the runtime said.
 std::string start_stream(Kind kind, int form, const StreamParams& p, int batch, void* stream);
 std::string start_gather(Kind kind, int form, const GatherParams& p, int batch, void* stream);
-std::string start_pack(Kind kind, const PackParams& p, void* stream);
+std::string start_pack(Kind kind, const PackParams& p, int jobs, void* stream);
 std::string start_covariance(Kind kind, const CovarianceParams& p, int batch, void* stream);
 std::string start_merge(Kind kind, const MergeParams& p, void* stream);
 std::string start_norm_affine(const NormParams& p, void* stream);
@@ -54,7 +54,7 @@ struct KernelTable {
   int (*gather_shared_bytes)(int form, int channels, bool moments);
   std::string (*start_stream)(int form, const StreamParams& p, int batch, void* stream);
   std::string (*start_gather)(int form, const GatherParams& p, int batch, void* stream);
-  std::string (*start_pack)(PackParams p, void* stream);
+  std::string (*start_pack)(PackParams p, int jobs, void* stream);
   std::string (*start_covariance)(const CovarianceParams& p, int batch, void* stream);
   std::string (*start_merge)(MergeParams p, void* stream);
 };

@@ -22,6 +22,8 @@ struct Source {
   int extent[3];
   bool coarse;           // extents are those of the volume divided by the classes' factors
   bool vectors;          // voxels and rows of the weight begin at multiples of 16 bytes
+  // Few channels: rows of the weight are [channel][tap], summed up as if taps were channels.
+  bool taps_within;
   int64_t tap_stride;    // elements of the weight from one tap, or one class, to the next
 };
 
@@ -92,12 +94,18 @@ struct CovarianceParams {
 };
 
 // Weights for the gather kernel: to[tap][row][k], rows and k padded with zeros, from any strides.
-struct PackParams {
+struct PackJob {
   const void* from;   // null: the identity
   void* to;
   int rows, columns, padded_rows, pitch;
   int64_t taps, tap_stride, row_stride, column_stride;
-  int blocks;
+};
+
+constexpr int kMostJobs = 2 * kMostSources + 2;
+
+struct PackParams {
+  PackJob job[kMostJobs];
+  int blocks;  // of each job
 };
 
 // scale = weight / sqrt(m2 / count + eps), shift = bias - mean · scale, all [batch, channels] but weight and bias [channels].

@@ -70,15 +70,16 @@ struct Pack {
   static constexpr int kThreads = 256, kBlocks = 1;
 
   static TUCKER_DEVICE void run(const Params& p) {
-    const int64_t total = p.taps * p.padded_rows * p.pitch;
+    const PackJob& job = p.job[block_index().y];
+    const int64_t total = job.taps * job.padded_rows * job.pitch;
     for (int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index(); i < total; i += static_cast<int64_t>(p.blocks) * kThreads) {
-      const int64_t k = i % p.pitch, row = i / p.pitch % p.padded_rows, tap = i / p.pitch / p.padded_rows;
+      const int64_t k = i % job.pitch, row = i / job.pitch % job.padded_rows, tap = i / job.pitch / job.padded_rows;
       Element value = element_of<M>(0.0f);
-      if (row < p.rows && k < p.columns) {
-        value = p.from ? load(static_cast<const Element*>(p.from) + tap * p.tap_stride + row * p.row_stride + k * p.column_stride)
-                       : element_of<M>(row == k ? 1.0f : 0.0f);
+      if (row < job.rows && k < job.columns) {
+        value = job.from ? load(static_cast<const Element*>(job.from) + tap * job.tap_stride + row * job.row_stride + k * job.column_stride)
+                         : element_of<M>(row == k ? 1.0f : 0.0f);
       }
-      store(static_cast<Element*>(p.to) + i, value);
+      store(static_cast<Element*>(job.to) + i, value);
     }
   }
 };

@@ -278,3 +278,26 @@ def test_a_fused_network(emulated):
             actual = fused(x.to(dtype))
         assert all(layer.fused for layer in explain(fused).layers)
         assert relative_rms(actual, expected) <= limit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_dense_convolutions_of_few_channels(emulated, dtype, poisoned):
+    """A network's first layer: taps and channels are summed up together. Small and large maps take other forms."""
+    for channels, size, kernel in [(1, (5, 6, 7), 3), (3, (9, 20, 33), 3), (2, (3, 4, 5), 5)]:
+        call = {
+            "sources": [torch.randn(2, channels, *size).to(dtype)],
+            "expand": [None],
+            "scale": [torch.randn(2, channels)],
+            "shift": [torch.randn(2, channels)],
+            "slope": [0.2],
+            "reduce": [None],
+            "in_bias": None,
+            "core": torch.randn(33, channels, *[kernel] * 3).to(dtype),
+            "stride": [1, 2, 1],
+            "padding": [1, 1, 1],
+            "dilation": [1, 1, 1],
+            "u_out": None,
+            "bias": torch.randn(33).to(dtype),
+            "stats": "channel",
+        }
+        check(call, dtype, backend="emulated")
