@@ -96,9 +96,7 @@ def run(command: list[str], environment: dict[str, str]) -> None:
     )
     print(result.stdout)
     if result.returncode:
-        errors = [
-            line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)
-        ]
+        errors = [line for line in result.stdout.splitlines() if re.search(r"\berror\b", line, re.IGNORECASE)]
         raise Unbuildable((errors or result.stdout.splitlines() or ["no output"])[0].strip())
 
 
@@ -126,7 +124,11 @@ def build_native(target: Path) -> dict[str, str]:
     environment = {**os.environ, "CXX": cxx}
     cuda = switch("TUCKER_CUDA")
     modes = {"0": ("OFF",), "1": ("ON",), "": ("AUTO", "OFF")}[cuda]
-    reason = "switched off by TUCKER_CUDA=0 at installation" if cuda == "0" else "no CUDA compiler (nvcc) was found"
+    reason = (
+        "switched off by TUCKER_CUDA=0 at installation"
+        if cuda == "0"
+        else "no CUDA compiler (nvcc) was found"
+    )
     for mode in modes:
         try:
             run([*configure, f"-DTUCKER_CUDA={mode}"], environment)
@@ -167,7 +169,9 @@ class BuildNative(build_ext):
         target.mkdir(parents=True, exist_ok=True)
         mode = switch("TUCKER_NATIVE")
         if mode == "0" and switch("TUCKER_CUDA") == "1":
-            raise SystemExit("tucker_ops: TUCKER_CUDA=1 needs the compiled extension, which TUCKER_NATIVE=0 leaves out")
+            raise SystemExit(
+                "tucker_ops: TUCKER_CUDA=1 needs the compiled extension, which TUCKER_NATIVE=0 leaves out"
+            )
         for stale in [*target.glob("libtucker_ops_*.so"), *target.glob("_host.*.so")]:
             stale.unlink()
         try:

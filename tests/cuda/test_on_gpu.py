@@ -74,6 +74,12 @@ def numbers(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _taken_unasked(monkeypatch):
+    """These tests are what makes a card a proven one."""
+    monkeypatch.setenv(cuda.UNPROVEN_VARIABLE, "1")
+
+
+@pytest.fixture(autouse=True)
 def _kernels():
     if HAS_GPU and not tucker_ops.backends()["cuda"].ok:
         pytest.fail(f"there is a GPU, but {tucker_ops.backends()['cuda'].reason}")

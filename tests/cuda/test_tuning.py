@@ -92,3 +92,11 @@ def test_tuning_without_a_gpu_says_so(tmp_path):
     tuning = pytest.importorskip("tucker_ops.nnunet.tuning")
     with pytest.raises(BackendError, match="nothing to tune"):
         tuning.problems_of(tmp_path)
+
+
+def test_nothing_takes_kernels_unasked_on_a_card_they_have_not_passed_on(monkeypatch):
+    monkeypatch.setattr(cuda, "PROVEN", frozenset({90}))
+    assert cuda.proven(90)
+    assert "make gpu" in cuda.proven(80).reason
+    monkeypatch.setenv(cuda.UNPROVEN_VARIABLE, "1")
+    assert cuda.proven(80)

@@ -29,15 +29,14 @@ class Backend:
     tensors elsewhere. available: can it run on this machine at all? supports: can it run this problem? prefers: does it
     measure at least as fast as the reference on this kind of problem? run: computes it; called only
     where available and supports say yes, with geometry as one integer per axis. describe: how `run` would go
-    about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`, where what
-    is folded in always pays.
+    about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`.
     """
 
     name: str
     device: str | None
     available: Callable[[], Verdict]
     supports: Callable[[Problem], Verdict]
-    prefers: Callable[[Problem], Verdict]
+    prefers: Callable[[Problem | BlockProblem], Verdict]
     run: Callable[..., Tensor]
     describe: Callable[[Problem], str]
     supports_block: Callable[[BlockProblem], Verdict]

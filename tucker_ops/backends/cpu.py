@@ -57,7 +57,9 @@ def _environment_is_known() -> Verdict:
     return Verdict(True, "float32 or bfloat16 on the CPU")
 
 
-def _prefers(problem: Problem) -> Verdict:
+def _prefers(problem: Problem | BlockProblem) -> Verdict:
+    if isinstance(problem, BlockProblem):
+        return Verdict(True, "what a block folds in pays")
     # What `python -m bench.survey` measured against three torch convolutions on a processor with AVX2.
     isa = native.isa()
     if isa.startswith(("avx512", "amx")) and problem.dtype == torch.float32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +21,10 @@ from tucker_ops.types import BlockProblem, Problem
 LEAST_CAPABILITY = 75
 # bf16 and TF32 units came with this one.
 LEAST_CAPABILITY_WIDE = 80
+# Capabilities of the cards on which `make gpu` has passed. On others the kernels run where they are asked for by
+# name, or with the variable set to 1, and nothing takes them unasked.
+PROVEN: frozenset[int] = frozenset()
+UNPROVEN_VARIABLE = "TUCKER_CUDA_UNPROVEN"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_SOURCES = 4
 MOST_VOXELS = 2**31 - 4096
@@ -192,7 +197,23 @@ def _supports(problem: Problem) -> Verdict:
     return _supports_dtype(problem.dtype) and _fits(problem)
 
 
-def _prefers(problem: Problem) -> Verdict:
+def proven(capability: int) -> Verdict:
+    """Have the kernels passed their tests on a card like this, or does the user take them as they are?"""
+    if capability in PROVEN:
+        return Verdict(True, f"the kernels have passed their tests on compute capability {capability / 10}")
+    if os.environ.get(UNPROVEN_VARIABLE) == "1":
+        return Verdict(True, f"{UNPROVEN_VARIABLE}=1")
+    return Verdict(
+        False,
+        f"the CUDA kernels have passed their tests in emulation, but on no card of compute capability "
+        f"{capability / 10} yet: run `make gpu`, then set {UNPROVEN_VARIABLE}=1, or ask for backend 'cuda' by name",
+    )
+
+
+def _prefers(problem: Problem | BlockProblem) -> Verdict:
+    known = proven(device_of(torch.cuda.current_device()).capability)
+    if not known or isinstance(problem, BlockProblem):
+        return known
     choice = choice_of(problem, device_of(torch.cuda.current_device()), tf32_allowed())
     if choice.one_pass:
         return Verdict(True, "one pass moves the input and the output only; not timed on this card yet")

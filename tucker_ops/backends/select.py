@@ -102,8 +102,7 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
 def choose(problem: Problem | BlockProblem, name: str | None = None) -> Backend:
     """The backend that runs `problem`: the named one, or the first that may and measures fast enough.
 
-    What a block folds in always pays, so the first that can runs it. Raises BackendError for an unknown name and for a
-    named backend that cannot run the problem.
+    Raises BackendError for an unknown name and for a named backend that cannot run the problem.
     """
     if name is None:
         return next(backend for backend in ORDER if _verdict(backend, problem))
@@ -121,13 +120,13 @@ def choose(problem: Problem | BlockProblem, name: str | None = None) -> Backend:
 
 
 def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
-    """Does a kernel, not the reference, compute blocks of this dtype on this kind of device? With the reason."""
+    """Does a kernel, unasked, compute blocks of this dtype on this kind of device? With the reason."""
     problem = BlockProblem(
         batch=1, channels=(1,), factors=((1, 1),), rank_in=1, rank_out=1, out_channels=1, input_size=(1, 1),
         kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=dtype, device=device,
         rows=(1,), expanded=False, u_out=True, stats="none",
     )  # fmt: skip
-    verdicts = {b.name: b.can_run(problem) for b in ORDER if b is not REFERENCE}
+    verdicts = {b.name: _verdict(b, problem) for b in ORDER if b is not REFERENCE}
     for name, verdict in verdicts.items():
         if verdict:
             return Verdict(True, f"blocks run on {name}")
@@ -135,8 +134,7 @@ def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
 
 
 def _verdict(backend: Backend, problem: Problem | BlockProblem) -> Verdict:
-    able = backend.can_run(problem)
-    return able if isinstance(problem, BlockProblem) else able and backend.prefers(problem)
+    return backend.can_run(problem) and backend.prefers(problem)
 
 
 def _tucker_conv(
@@ -189,7 +187,7 @@ LIBRARY.impl("tucker_merge", _tucker_merge, "CompositeExplicitAutograd")
 
 def _norm_affine(mean, m2, weight, bias, count, eps):
     check_norm(mean, m2, weight, bias, count)
-    if mean.is_cuda and mean.dtype == torch.float32 and CUDA.available():
+    if mean.is_cuda and mean.dtype == torch.float32 and block_kernels("cuda", torch.float16):
         mean, m2, weight, bias = (None if t is None else t.contiguous() for t in (mean, m2, weight, bias))
         return torch.ops.tucker_ops._norm_affine_cuda(mean, m2, weight, bias, count, eps)
     return norm_affine(mean, m2, weight, bias, count, eps)
