@@ -33,7 +33,7 @@ lint: $(READY)
 # The CPU kernels under AddressSanitizer and UBSan, on the random problems of the tests, in a copy of the package.
 sanitize: $(READY)
 	rm -rf build/sanitized && mkdir -p build/sanitized && cp -r tucker_ops tests pyproject.toml build/sanitized
-	$(BIN)/cmake -S . -B build/sanitizers -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_SANITIZE=address,undefined \
+	$(BIN)/cmake -S . -B build/sanitizers -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_SANITIZE=address,undefined -DTUCKER_CUDA=OFF \
 		-DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" \
 		-DCMAKE_INSTALL_PREFIX=$(abspath build/sanitized/tucker_ops) \
 		-DTORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
@@ -46,7 +46,7 @@ sanitize: $(READY)
 
 # The kernels of AVX-512 and AMX in an emulator of a processor that has them; EVERY=10 runs a tenth of the problems.
 emulate: $(READY)
-	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_EMULATED=ON \
+	$(BIN)/cmake -S . -B build/emulated -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DTUCKER_EMULATED=ON -DTUCKER_CUDA=OFF \
 		-DTORCH_DIR=$$($(BIN)/python -c "import os, torch; print(os.path.dirname(torch.__file__))")
 	$(BIN)/cmake --build build/emulated --target emulated machine
 	$(BIN)/python tests/emulated/emulate.py build/emulated --every $(or $(EVERY),1)

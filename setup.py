@@ -9,7 +9,8 @@ Environment variables
     TUCKER_CUDA=0       leave them out
     (unset)             build them if nvcc is found; else, or if that fails, note the reason
     CUDACXX             nvcc, as for CMake
-    TUCKER_CUDA_ARCHITECTURES   e.g. 90-real for one card only, which compiles three times faster; default 75-real;80-real;90
+    TUCKER_CUDA_ARCHITECTURES   e.g. 90-real for one card only, which compiles three times faster; by default
+                        75-real;80-real;90
     CXX                 the C++20 compiler, as for CMake
     TUCKER_SANITIZE     e.g. address,undefined
 """

@@ -13,6 +13,9 @@ constexpr double kLaunch = 3.0;         // microseconds from one small kernel to
 // Shares of the matrix units' rate, guessed from bytes that shared memory and L1 deliver beside each mma.
 constexpr double kStreamShare = 0.55, kGatherShare = 0.35;
 
+// A block that has a multiprocessor to itself waits at its barriers and for its loads: what it takes, of two blocks' half.
+constexpr double kAlone = 1.4;
+
 // Dense 16-bit multiply-adds with mma.sync per cycle of a multiprocessor, bytes per cycle of device memory for each of
 // them, and gigahertz: of a T4, A100, RTX 3090, RTX 4090 and H200, by their data sheets.
 struct Rates {
@@ -42,7 +45,8 @@ double microseconds(const Rates& rates, const Device& device, int64_t blocks, in
   const int64_t waves = ceil_div(blocks, static_cast<int64_t>(device.multiprocessors) * resident);
   // A last wave of few blocks leaves each of them more of its multiprocessor.
   const int64_t rest = blocks - (waves - 1) * device.multiprocessors * resident;
-  const double together = static_cast<double>((waves - 1) * resident + ceil_div(rest, device.multiprocessors));
+  const auto together_on_one = [](int64_t count) { return count == 1 ? kAlone : static_cast<double>(count); };
+  const double together = (waves - 1) * together_on_one(resident) + together_on_one(ceil_div(rest, device.multiprocessors));
   const double memory = bytes / (rates.bytes * device.multiprocessors);
   return std::max(together * cycles, memory) / (rates.clock * 1000);
 }
@@ -117,13 +121,14 @@ std::optional<StreamChoice> choose_stream(Kind kind, const Device& device, const
     const double expand = static_cast<double>(form.height) * form.width * form.steps_out * step * shape.out_channels / rate;
     const double voxels_in = static_cast<double>(shape.in[0] * shape.in[1] * shape.in[2]), voxels_out = static_cast<double>(shape.out[0] * shape.out[1] * shape.out[2]);
     const double bytes = bytes_of(kind) * shape.batch * (voxels_in * shape.channels + voxels_out * shape.out_channels);
-    for (int64_t chunk = 1;; chunk = std::min(chunk * 2, shape.out[0])) {
+    // Any number of blocks along depth: the best is often one that just fills the card.
+    for (int64_t pieces = 1; pieces <= shape.out[0]; ++pieces) {
+      const int64_t chunk = ceil_div(shape.out[0], pieces);
       const double planes = static_cast<double>((chunk - 1) * form.stride_depth + form.depth);
       const double cycles = planes * (reduce + 600) + chunk * (form.depth * core + expand) + 4000;
       const int64_t blocks = tiles * ceil_div(shape.out[0], chunk);
       const double time = microseconds(rates, device, blocks, std::max(resident, 1), cycles, bytes) + kLaunch;
       if (!best || time < best->microseconds) best = StreamChoice{i, static_cast<int>(chunk), time};
-      if (chunk == shape.out[0]) break;
     }
   }
   return best;

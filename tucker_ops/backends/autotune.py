@@ -6,6 +6,7 @@ the reference in float64 by the tests. Nothing here runs unless it is called: ne
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tucker_ops.types import Problem
 # Two results of the same rounded operands differ by the rounding of intermediates: relative RMS.
 MOST_DIFFERENCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 5e-3}
 SAMPLES = 20
+MOST_PIECES = 16
 # A candidate takes the place of the cost model's only where it is faster by more than samples scatter.
 LEAST_GAIN = 0.02
 
@@ -64,9 +66,9 @@ def time_on_gpu(call: Callable[[], Tensor]) -> float:
 
 
 def candidates(problem: Problem, device: cuda.Device, tf32: bool) -> list[tuple[int, int, int]]:
-    """(one_pass, form, chunk): the stages, and each form of the one-pass kernel with chunks of 1, 2, 4 … planes."""
+    """(one_pass, form, chunk): the stages, and each form of the one-pass kernel with the depth in 1, 2, … pieces."""
     depth = problem.output_size[0] if problem.ndim == 3 else 1
-    chunks = sorted({min(2**i, depth) for i in range(depth.bit_length() + 1)})
+    chunks = sorted({math.ceil(depth / pieces) for pieces in range(1, min(depth, MOST_PIECES) + 1)})
     forms = cuda.forms_of(problem, device, tf32)
     return [(0, 0, 0), *((1, form, chunk) for form in forms for chunk in chunks)]
 
