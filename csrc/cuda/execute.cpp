@@ -53,6 +53,13 @@ struct Values {
   Extents extent;
 };
 
+// A weight for the gather kernel, [taps or classes, rows rounded up, pitch].
+struct Packed {
+  Tensor weight;
+  int pitch;
+  bool taps_within;  // rows are [channel][tap]
+};
+
 class Execution {
  public:
   explicit Execution(const Call& call)
@@ -133,6 +140,7 @@ class Execution {
 
   Source source_of(const Values& values, size_t i, bool pending);
   Tensor packed(const void* from, int rows, int columns, int pitch, int64_t taps, int64_t tap_stride, int64_t row_stride, int64_t column_stride);
+  Packed packed_core(int offset, int channels, int64_t taps, bool alone);
   void pack_now();
   void weigh(Source& source, const Tensor& weight, int rows, int pitch);
   GatherParams gather(const Extents& out) const;
@@ -415,12 +423,39 @@ Values Execution::first_stage(const std::vector<Values>& sources) {
   return t;
 }
 
+// The part of the core that `channels` of its inputs, from `offset` on, are multiplied by.
+Packed Execution::packed_core(int offset, int channels, int64_t taps, bool alone) {
+  const auto* core = static_cast<const char*>(input<void>(*call_.core)) + offset * taps * bytes_of(kind_);
+  const bool taps_within = alone && taps > 1 && channels < chunk_of(kind_);
+  const int columns = static_cast<int>(taps_within ? channels * taps : channels);
+  const int pitch = static_cast<int>(round_up(columns, group_of(kind_)));
+  if (taps_within) return {packed(core, rank_out_, columns, pitch, 1, 0, columns, 1), pitch, true};
+  return {packed(core, rank_out_, columns, pitch, taps, 1, rank_in_ * taps, taps), pitch, false};
+}
+
 void Execution::stages() {
   std::vector<Values> sources;
   bool direct = !call_.in_bias;
   for (size_t i = 0; i < call_.sources.size(); ++i) {
     sources.push_back(call_.expand[i] ? expanded(i) : values_of(i, call_.sources[i], static_cast<int>(call_.sources[i].size(1))));
     direct = direct && !call_.reduce[i] && !call_.expand[i];
+  }
+  // All factors are packed before the first launch, so that one kernel packs them.
+  const int64_t taps = static_cast<int64_t>(kernel_[0]) * kernel_[1] * kernel_[2];
+  const bool element_values = values_->scalar_type() == dtype();
+  const bool vectors = element_values && out_channels_ % chunk_of(kind_) == 0 && aligned(values_->const_data_ptr());
+  const bool together = call_.u_out && vectors && expands_in_gather(kind_, rank_out_);
+  std::vector<Packed> cores;
+  int offset = 0;
+  for (size_t i = 0; i < (direct ? sources.size() : 1); ++i) {
+    const int channels = direct ? sources[i].channels : rank_in_;
+    cores.push_back(packed_core(offset, channels, taps, direct && sources.size() == 1));
+    offset += channels;
+  }
+  std::optional<Packed> u_out;
+  if (call_.u_out) {
+    const int pitch = static_cast<int>(together ? round_up(rank_out_, 64) : round_up(rank_out_, group_of(kind_)));
+    u_out = Packed{packed(input(call_.u_out), out_channels_, rank_out_, pitch, 1, 0, rank_out_, 1), pitch, false};
   }
   std::vector<Values> read = sources;
   if (!direct) read = {first_stage(sources)};
@@ -430,27 +465,14 @@ void Execution::stages() {
   std::copy(stride_.begin(), stride_.end(), p.stride);
   std::copy(padding_.begin(), padding_.end(), p.padding);
   std::copy(dilation_.begin(), dilation_.end(), p.dilation);
-  const int64_t taps = static_cast<int64_t>(kernel_[0]) * kernel_[1] * kernel_[2];
-  int offset = 0;
   for (size_t i = 0; i < read.size(); ++i) {
     Source& source = p.source[p.sources++];
     source = source_of(read[i], i, direct);
     source.coarse = false;
-    const int columns = read[i].channels, pitch = static_cast<int>(round_up(read[i].channels, group_of(kind_)));
-    const auto* core = static_cast<const char*>(input<void>(*call_.core)) + offset * taps * bytes_of(kind_);
-    offset += columns;
-    if (read.size() == 1 && taps > 1 && columns < chunk_of(kind_)) {
-      source.taps_within = true;
-      const int together = static_cast<int>(columns * taps), padded = static_cast<int>(round_up(together, group_of(kind_)));
-      weigh(source, packed(core, rank_out_, together, padded, 1, 0, together, 1), rank_out_, padded);
-      continue;
-    }
-    weigh(source, packed(core, rank_out_, columns, pitch, taps, 1, rank_in_ * taps, taps), rank_out_, pitch);
+    source.taps_within = cores[i].taps_within;
+    weigh(source, cores[i].weight, rank_out_, cores[i].pitch);
   }
   const int64_t depth = taps * rank_in_;
-  const bool element_values = values_->scalar_type() == dtype();
-  const bool vectors = element_values && out_channels_ % chunk_of(kind_) == 0 && aligned(values_->const_data_ptr());
-  const bool together = call_.u_out && vectors && expands_in_gather(kind_, rank_out_);
   const auto to_values = [&](GatherParams& to) {
     to.columns = out_channels_;
     to.bias = input(call_.bias);
@@ -464,9 +486,8 @@ void Execution::stages() {
     to_values(p);
     launch(p, depth, wanted);
   } else if (together) {
-    const int pitch = static_cast<int>(round_up(rank_out_, 64));
     to_values(p);
-    p.expansion = {input<void>(packed(input(call_.u_out), out_channels_, rank_out_, pitch, 1, 0, rank_out_, 1)), p.bias, pitch, out_channels_};
+    p.expansion = {input<void>(u_out->weight), p.bias, u_out->pitch, out_channels_};
     p.bias = nullptr;
     p.columns = rank_out_;
     launch(p, depth, wanted);
@@ -477,8 +498,7 @@ void Execution::stages() {
     last.sources = 1;
     last.source[0] = source_of(z, 0, false);
     last.source[0].coarse = false;
-    const int pitch = static_cast<int>(round_up(z.channels, group_of(kind_)));
-    weigh(last.source[0], packed(input(call_.u_out), out_channels_, rank_out_, pitch, 1, 0, rank_out_, 1), out_channels_, pitch);
+    weigh(last.source[0], u_out->weight, out_channels_, u_out->pitch);
     to_values(last);
     launch(last, rank_out_, wanted);
   }
