@@ -52,6 +52,7 @@ const unsigned char* meet(Meeting kind, const void* given, int bytes);
 
 }  // namespace emulation
 
+inline void give_up() {}
 inline int opaque(int v) { return v; }
 inline int thread_index() { return emulation::thread(); }
 inline Block block_index() { return emulation::block(); }

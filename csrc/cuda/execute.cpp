@@ -20,11 +20,12 @@ namespace tucker_ops::cuda {
 
 OnDevice::OnDevice(const Tensor& tensor) {
 #if !defined(TUCKER_EMULATED_GPU)
+  // What may throw comes before the guard, which only a whole object takes back.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "tucker_ops: this torch has no CUDA");
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
   DeviceGuardHandle guard = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(tensor.get_device_index(), &guard));
   guard_ = guard;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "tucker_ops: this torch has no CUDA");
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream_));
 #else
   (void)tensor;
 #endif
@@ -39,6 +40,8 @@ OnDevice::~OnDevice() {
 }
 
 namespace {
+
+constexpr int64_t kMergedTogether = 64, kMostSplits = 256;
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -141,6 +144,7 @@ class Execution {
   Source source_of(const Values& values, size_t i, bool pending);
   Tensor packed(const void* from, int rows, int columns, int pitch, int64_t taps, int64_t tap_stride, int64_t row_stride, int64_t column_stride);
   Packed packed_core(int offset, int channels, int64_t taps, bool alone);
+  bool expansion_fits() const;
   void pack_now();
   void weigh(Source& source, const Tensor& weight, int rows, int pitch);
   GatherParams gather(const Extents& out) const;
@@ -251,8 +255,19 @@ void Execution::launch(GatherParams& p, int64_t depth, bool moments) {
 }
 
 void Execution::statistics(const Tensor& moments, int64_t blocks) {
-  MergeMomentsParams p{static_cast<const Moments*>(static_cast<const void*>(input<float>(moments))), static_cast<float*>(output(*mean_)),
-                       static_cast<float*>(output(*m2_)), static_cast<int>(blocks), out_channels_};
+  MergeMomentsParams p{static_cast<const Moments*>(input<void>(moments)), static_cast<int>(blocks), out_channels_, 1, nullptr,
+                       static_cast<float*>(output(*mean_)), static_cast<float*>(output(*m2_))};
+  // Thousands of blocks one after the other would take longer than the convolution.
+  if (blocks > 2 * kMergedTogether) {
+    MergeMomentsParams parts = p;
+    parts.splits = static_cast<int>(std::min<int64_t>((blocks + kMergedTogether - 1) / kMergedTogether, kMostSplits));
+    Tensor merged = scratch({batch_, parts.splits, out_channels_, 3}, ScalarType::Float);
+    kept_.push_back(merged);
+    parts.merged = static_cast<Moments*>(output(merged));
+    check(start_merge_moments(parts, batch_, on_.stream()));
+    p.moments = parts.merged;
+    p.blocks = parts.splits;
+  }
   check(start_merge_moments(p, batch_, on_.stream()));
 }
 
@@ -423,6 +438,14 @@ Values Execution::first_stage(const std::vector<Values>& sources) {
   return t;
 }
 
+// Statistics of all output channels lie in shared memory.
+bool Execution::expansion_fits() const {
+  const auto& forms = gather_forms(kind_);
+  for (int form = 0; form < static_cast<int>(forms.size()); ++form)
+    if (forms[form].expands && gather_shared_bytes(kind_, form, out_channels_, call_.stats == "channel") > device_.shared_per_block) return false;
+  return true;
+}
+
 // The part of the core that `channels` of its inputs, from `offset` on, are multiplied by.
 Packed Execution::packed_core(int offset, int channels, int64_t taps, bool alone) {
   const auto* core = static_cast<const char*>(input<void>(*call_.core)) + offset * taps * bytes_of(kind_);
@@ -444,7 +467,7 @@ void Execution::stages() {
   const int64_t taps = static_cast<int64_t>(kernel_[0]) * kernel_[1] * kernel_[2];
   const bool element_values = values_->scalar_type() == dtype();
   const bool vectors = element_values && out_channels_ % chunk_of(kind_) == 0 && aligned(values_->const_data_ptr());
-  const bool together = call_.u_out && vectors && expands_in_gather(kind_, rank_out_);
+  const bool together = call_.u_out && vectors && expands_in_gather(kind_, rank_out_) && expansion_fits();
   std::vector<Packed> cores;
   int offset = 0;
   for (size_t i = 0; i < (direct ? sources.size() : 1); ++i) {

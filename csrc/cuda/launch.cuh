@@ -23,7 +23,11 @@ template <class Kernel>
 std::string start(const typename Kernel::Params& p, const GridSize& grid, int shared_bytes, void* stream) {
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (error != cudaSuccess) {
+      // Else the next launch would be blamed for it.
+      cudaGetLastError();
+      return cudaGetErrorString(error);
+    }
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   entry<Kernel><<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(p);

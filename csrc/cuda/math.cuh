@@ -55,7 +55,8 @@ struct Tf32 : Widths<4> {
 };
 
 // float32 to its own accuracy: factors are split into two TF32 numbers, and the product of the two small ones, under
-// 2^-22 of the result, is left out.
+// 2^-22 of the result, is left out. Each step is added up by itself, because the units truncate sums, and always the same
+// way (Ootomo, Yokota 2022, arXiv 2203.03341).
 struct Fp32 : Widths<4> {
   using Element = float;
   static constexpr int kLeastCapability = 80;
@@ -69,9 +70,12 @@ struct Fp32 : Widths<4> {
     for (int i = 0; i < 4; ++i) split(a[i], al[i], as[i]);
     TUCKER_UNROLL
     for (int i = 0; i < 2; ++i) split(b[i], bl[i], bs[i]);
-    mma_tf32(c, as, bl);
-    mma_tf32(c, al, bs);
-    mma_tf32(c, al, bl);
+    float step[4] = {};
+    mma_tf32(step, as, bl);
+    mma_tf32(step, al, bs);
+    mma_tf32(step, al, bl);
+    TUCKER_UNROLL
+    for (int i = 0; i < 4; ++i) c[i] += step[i];
   }
 };
 #endif

@@ -79,8 +79,10 @@ struct GatherParams {
 
 struct MergeMomentsParams {
   const Moments* moments;  // [batch, blocks, channels]
-  float *mean, *m2;        // [batch, channels]
   int blocks, channels;
+  int splits;              // parts that the blocks are merged in, each to one
+  Moments* merged;         // [batch, splits, channels], or null
+  float *mean, *m2;        // [batch, channels], where splits are 1
 };
 
 // mean [batch, channels] and sums of products of deviations [batch, channels, channels] of z [batch, voxels, channels].

@@ -13,6 +13,9 @@ constexpr double kLaunch = 3.0;         // microseconds from one small kernel to
 // Shares of the matrix units' rate, guessed from bytes that shared memory and L1 deliver beside each mma.
 constexpr double kStreamShare = 0.55, kGatherShare = 0.35;
 
+// Cycles until a block's first plane: the table of its halo, and each of the core's weights.
+constexpr double kStart = 2000, kPerWeight = 0.25;
+
 // A block that has a multiprocessor to itself waits at its barriers and for its loads: what it takes, of two blocks' half.
 constexpr double kAlone = 1.4;
 
@@ -114,6 +117,7 @@ std::optional<StreamChoice> choose_stream(Kind kind, const Device& device, const
     }
     const int resident = std::min(form.blocks_per_multiprocessor, device.shared_per_multiprocessor / (shared + kReservedShared));
     const int64_t tiles = shape.batch * ceil_div(shape.out[1], form.height) * ceil_div(shape.out[2], form.width);
+    const double weights = static_cast<double>(shape.rank_in) * shape.rank_out * form.depth * 9;
     const double halo = ((form.height - 1) * form.stride + 3.0) * ((form.width - 1) * form.stride + 3.0);
     const double rate = macs_per_cycle(kind, rates) * kStreamShare;
     const double reduce = halo * form.steps_in * step * shape.channels / rate;
@@ -125,7 +129,7 @@ std::optional<StreamChoice> choose_stream(Kind kind, const Device& device, const
     for (int64_t pieces = 1; pieces <= shape.out[0]; ++pieces) {
       const int64_t chunk = ceil_div(shape.out[0], pieces);
       const double planes = static_cast<double>((chunk - 1) * form.stride_depth + form.depth);
-      const double cycles = planes * (reduce + 600) + chunk * (form.depth * core + expand) + 4000;
+      const double cycles = planes * (reduce + 600) + chunk * (form.depth * core + expand) + kStart + weights * kPerWeight;
       const int64_t blocks = tiles * ceil_div(shape.out[0], chunk);
       const double time = microseconds(rates, device, blocks, std::max(resident, 1), cycles, bytes) + kLaunch;
       if (!best || time < best->microseconds) best = StreamChoice{i, static_cast<int>(chunk), time};

@@ -5,7 +5,7 @@
 
 namespace tucker_ops::cuda {
 
-// Merges what blocks saw, always in the same order: 8 strands of blocks, then the strands.
+// Merges what a part of the blocks saw, always in the same order: 8 strands of blocks, then the strands.
 struct MergeMoments {
   using Params = MergeMomentsParams;
   static constexpr int kStrands = 8, kThreads = 32 * kStrands, kBlocks = 1;
@@ -17,7 +17,9 @@ struct MergeMoments {
     Moments all{0.0f, 0.0f, 0.0f};
     if (channel < p.channels) {
       const Moments* from = p.moments + static_cast<int64_t>(n) * p.blocks * p.channels + channel;
-      for (int b = strand; b < p.blocks; b += kStrands) {
+      const int length = (p.blocks + p.splits - 1) / p.splits, begin = block_index().z * length;
+      const int end = begin + length < p.blocks ? begin + length : p.blocks;
+      for (int b = begin + strand; b < end; b += kStrands) {
         const Moments* at = from + static_cast<int64_t>(b) * p.channels;
         all = merged(all, {load(&at->count), load(&at->mean), load(&at->m2)});
       }
@@ -31,6 +33,10 @@ struct MergeMoments {
     for (int other = 1; other < kStrands; ++other) {
       const uint32_t at = own + other * 32 * 12;
       all = merged(all, {as_float(shared_load4(at)), as_float(shared_load4(at + 4)), as_float(shared_load4(at + 8))});
+    }
+    if (p.merged) {
+      store(p.merged + (static_cast<int64_t>(n) * p.splits + block_index().z) * p.channels + channel, all);
+      return;
     }
     store(p.mean + static_cast<int64_t>(n) * p.channels + channel, all.mean);
     store(p.m2 + static_cast<int64_t>(n) * p.channels + channel, all.m2);

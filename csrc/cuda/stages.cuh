@@ -207,11 +207,12 @@ TUCKER_DEVICE void expand(const uint32_t (&z)[kRows][kSteps][4], const Expansion
           square[i] += shuffle_xor(square[i], mask);
         }
         if (g == 0) {
-          if (!moments.first) {
+          if (moments.first) {
+            shared_store4(moments.at(own + i, 0), as_word(pivot[i]));
+          } else {
             sum[i] += as_float(shared_load4(moments.at(own + i, 1)));
             square[i] += as_float(shared_load4(moments.at(own + i, 2)));
           }
-          shared_store4(moments.at(own + i, 0), as_word(pivot[i]));
           shared_store4(moments.at(own + i, 1), as_word(sum[i]));
           shared_store4(moments.at(own + i, 2), as_word(square[i]));
         }

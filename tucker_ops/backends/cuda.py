@@ -28,6 +28,7 @@ UNPROVEN_VARIABLE = "TUCKER_CUDA_UNPROVEN"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_SOURCES = 4
 MOST_VOXELS = 2**31 - 4096
+MOST_ITEMS = 65535
 # Shared memory of a block and of a multiprocessor where torch does not tell.
 _SHARED = {75: (64, 64), 80: (163, 164), 86: (99, 100), 87: (163, 164), 89: (99, 100), 90: (227, 228)}
 
@@ -58,7 +59,8 @@ H200 = Device(90, 132, 227 * 1024, 228 * 1024)
 def device_of(index: int) -> Device:
     """The GPU of this number, as torch describes it."""
     properties = torch.cuda.get_device_properties(index)
-    capability = properties.major * 10 + properties.minor
+    # Code for an older card lacks the forms that only newer ones have.
+    capability = min(properties.major * 10 + properties.minor, _compiled_for(index)[0])
     block, multiprocessor = _SHARED.get(capability, _SHARED[80 if capability < 90 else 90])
     return Device(
         capability,
@@ -161,7 +163,18 @@ def _available() -> Verdict:
         return library
     if not torch.cuda.is_available():
         return Verdict(False, "the CUDA kernels are compiled, but torch finds no NVIDIA GPU and driver here")
-    return Verdict(True, library.reason)
+    capability, error = _compiled_for(torch.cuda.current_device())
+    if error:
+        return Verdict(False, f"the compiled CUDA kernels do not run on this GPU and driver: {error}")
+    return Verdict(True, f"{library.reason}, for compute capability {capability / 10} here")
+
+
+@cache
+def _compiled_for(index: int) -> tuple[int, str]:
+    """The capability whose code GPU `index` runs, and an empty string; or what the CUDA runtime said."""
+    text = ctypes.create_string_buffer(400)
+    capability = _functions().tucker_ops_cuda_probe(index, text, ctypes.c_int64(400))
+    return capability, "" if capability > 0 else text.value.decode()
 
 
 def _supports_dtype(dtype: torch.dtype) -> Verdict:
@@ -190,6 +203,8 @@ def _fits(problem: Problem | BlockProblem) -> Verdict:
     for size in (problem.input_size, problem.output_size):
         if math.prod(size) > MOST_VOXELS:
             return Verdict(False, f"counts at most {MOST_VOXELS:,} voxels an item, not {math.prod(size):,}")
+    if problem.batch > MOST_ITEMS:
+        return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
     return Verdict(True, "float16, bfloat16 or float32 on the GPU")
 
 

@@ -10,20 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tucker_ops.errors import DtypeError, ShapeError
+from tucker_ops.errors import DeviceError, DtypeError, ShapeError
 from tucker_ops.ops.block import no_backward
 from tucker_ops.ops.schema import LIBRARY
 
-_ARGUMENTS = "Tensor mean, Tensor m2, Tensor? weight, Tensor? bias, int count, float eps"
+_TENSORS = "Tensor mean, Tensor m2, Tensor? weight, Tensor? bias"
 
-for _name in ("norm_affine", "_norm_affine_cuda"):
+for _name, _count in (("norm_affine", "SymInt"), ("_norm_affine_cuda", "int")):
     LIBRARY.define(
-        f"{_name}({_ARGUMENTS}) -> (Tensor scale, Tensor shift)", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{_name}({_TENSORS}, {_count} count, float eps) -> (Tensor scale, Tensor shift)",
+        tags=(torch.Tag.pt2_compliant_tag,),
     )
 
 
 def check_norm(mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | None, count: int) -> None:
-    """ShapeError or DtypeError unless the arguments fit together."""
+    """ShapeError, DtypeError or DeviceError unless the arguments fit together."""
     if mean.dim() != 2 or m2.shape != mean.shape or count < 1:
         raise ShapeError(
             f"mean and m2 must be [N, C] of at least one value each, got {tuple(mean.shape)}, {tuple(m2.shape)} and "
@@ -33,6 +34,8 @@ def check_norm(mean: Tensor, m2: Tensor, weight: Tensor | None, bias: Tensor | N
         raise ShapeError(f"weight and bias must be [C] = [{mean.shape[1]}]")
     if mean.dtype not in (torch.float32, torch.float64) or m2.dtype != mean.dtype:
         raise DtypeError(f"mean and m2 must both be float32 or float64, got {mean.dtype} and {m2.dtype}")
+    if any(t is not None and t.device != mean.device for t in (m2, weight, bias)):
+        raise DeviceError("all tensors must be on one device: move them with .to(device)")
 
 
 def norm_affine(
