@@ -42,6 +42,7 @@ OnDevice::~OnDevice() {
 namespace {
 
 constexpr int64_t kMergedTogether = 64, kMostSplits = 256;
+constexpr int64_t kMostTaps = 1024;  // times channels, in a table of 16 KB
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -274,6 +275,7 @@ void Execution::statistics(const Tensor& moments, int64_t blocks) {
 // Why the one-pass kernel cannot run the call, whatever its sizes.
 const char* Execution::obstacle() const {
   if (!call_.u_out) return "the one-pass kernel ends with a third stage";
+  if (call_.contiguous) return "the one-pass kernel writes channels-last";
   if (call_.float32_values && kind_ < Kind::kTf32) return "the one-pass kernel writes the sources' dtype";
   int rows = 0;
   for (size_t i = 0; i < call_.sources.size(); ++i) {
@@ -449,7 +451,14 @@ bool Execution::expansion_fits() const {
 // The part of the core that `channels` of its inputs, from `offset` on, are multiplied by.
 Packed Execution::packed_core(int offset, int channels, int64_t taps, bool alone) {
   const auto* core = static_cast<const char*>(input<void>(*call_.core)) + offset * taps * bytes_of(kind_);
-  const bool taps_within = alone && taps > 1 && channels < chunk_of(kind_);
+  int64_t plane = 1, reach = 0;
+  for (int a = 2; a >= 0; --a) {
+    reach = std::max<int64_t>(reach, static_cast<int64_t>(kernel_[a] - 1) * dilation_[a]);
+    if (a > 0) plane *= in_[a];
+  }
+  // Distances are 32 bits, of each axis 8.
+  const bool taps_within = alone && taps > 1 && channels < chunk_of(kind_) && taps * channels <= kMostTaps && reach < 256 &&
+                           plane * channels * (reach + 1) < INT32_MAX;
   const int columns = static_cast<int>(taps_within ? channels * taps : channels);
   const int pitch = static_cast<int>(round_up(columns, group_of(kind_)));
   if (taps_within) return {packed(core, rank_out_, columns, pitch, 1, 0, columns, 1), pitch, true};
@@ -466,7 +475,7 @@ void Execution::stages() {
   // All factors are packed before the first launch, so that one kernel packs them.
   const int64_t taps = static_cast<int64_t>(kernel_[0]) * kernel_[1] * kernel_[2];
   const bool element_values = values_->scalar_type() == dtype();
-  const bool vectors = element_values && out_channels_ % chunk_of(kind_) == 0 && aligned(values_->const_data_ptr());
+  const bool vectors = !call_.contiguous && element_values && out_channels_ % chunk_of(kind_) == 0 && aligned(values_->const_data_ptr());
   const bool together = call_.u_out && vectors && expands_in_gather(kind_, rank_out_) && expansion_fits();
   std::vector<Packed> cores;
   int offset = 0;
@@ -502,6 +511,7 @@ void Execution::stages() {
     to.y = output(*values_);
     to.y_is_float = !element_values;
     to.y_vectors = vectors;
+    to.y_channel = call_.contiguous;
     to.y_pitch = to.y_columns = out_channels_;
   };
   const bool wanted = call_.stats == "channel";
@@ -540,8 +550,9 @@ void Execution::stages() {
 Result Execution::run() {
   std::vector<int64_t> size{batch_, out_channels_};
   for (int axis = 0; axis < ndim_; ++axis) size.push_back(out_[3 - ndim_ + axis]);
-  const auto format = ndim_ == 2 ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::ChannelsLast3d;
-  values_ = torch::stable::empty(size, call_.float32_values ? ScalarType::Float : dtype(), std::nullopt, call_.sources[0].device(), std::nullopt, format);
+  const auto last = ndim_ == 2 ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::ChannelsLast3d;
+  values_ = torch::stable::empty(size, call_.float32_values ? ScalarType::Float : dtype(), std::nullopt, call_.sources[0].device(), std::nullopt,
+                                  call_.contiguous ? torch::headeronly::MemoryFormat::Contiguous : last);
   const std::vector<int64_t> channels{batch_, call_.stats == "none" ? 0 : out_channels_};
   mean_ = scratch(channels, ScalarType::Float);
   m2_ = scratch(call_.stats == "covariance" ? std::vector<int64_t>{batch_, out_channels_, out_channels_} : channels, ScalarType::Float);

@@ -21,7 +21,7 @@ struct Call {
   const torch::stable::Tensor* core;
   std::vector<int64_t> stride, padding, dilation;
   std::string stats;
-  bool float32_values;
+  bool contiguous, float32_values;  // values channel after channel; in float32
   std::vector<int64_t> device;  // capability, multiprocessors, shared memory of a block and of a multiprocessor
   // Empty: the model decides. Else whether TF32 will do, 0 or 1; and after it -1, or 0 for the stages one by one, or 1 for
   // the one-pass kernel or an error, or 2 for it where it can; and after that its form and chunk.

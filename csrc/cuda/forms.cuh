@@ -63,7 +63,10 @@ struct KernelsOf {
       const GatherForm shape{K::kBlockVoxels, K::kBlockColumns, 0, 0, K::kExpands};
       const int64_t columns = K::kExpands ? 1 : ((p.y_columns > p.columns ? p.y_columns : p.columns) + K::kBlockColumns - 1) / K::kBlockColumns;
       const int channels = K::kExpands ? p.expansion.channels : p.columns;
-      return start<K>(p, {gather_blocks(p, shape), columns, batch}, K::shared_bytes(channels, p.moments != nullptr), stream);
+      int shared = K::shared_bytes(channels, p.moments != nullptr);
+      if (p.source[0].taps_within)
+        shared = (shared + 15) / 16 * 16 + p.source[0].channels * p.kernel[0] * p.kernel[1] * p.kernel[2] * K::kTapBytes;
+      return start<K>(p, {gather_blocks(p, shape), columns, batch}, shared, stream);
     });
   }
   static std::string start_pack(PackParams p, int jobs, void* stream) {
@@ -84,9 +87,10 @@ struct KernelsOf {
     return start<MergeCovariance<M>>(p, {(pairs + MergeCovariance<M>::kThreads - 1) / MergeCovariance<M>::kThreads, batch}, 0, stream);
   }
   static std::string start_merge(MergeParams p, void* stream) {
-    const int64_t blocks = (p.voxels * p.channels * p.batch + Merge<M>::kThreads - 1) / Merge<M>::kThreads;
+    p.vectors = p.vectors && p.channels % M::kChunk == 0;
+    const int64_t blocks = (p.voxels * p.channels / (p.vectors ? M::kChunk : 1) + Merge<M>::kThreads - 1) / Merge<M>::kThreads;
     p.blocks = static_cast<int>(blocks < 4096 ? blocks : 4096);
-    return start<Merge<M>>(p, {p.blocks}, 0, stream);
+    return start<Merge<M>>(p, {p.blocks, p.batch}, 0, stream);
   }
 };
 

@@ -26,10 +26,15 @@ struct Gather {
   static constexpr int kUnit = kExpands ? M::kStep : M::kGroup, kUnitTiles = kUnit / 8;
   static_assert(!kExpands || kSliceWarps == 1, "a third stage begins in the registers of the second");
 
-  static constexpr int shared_bytes(int channels, bool moments) {
+  static TUCKER_BOTH constexpr int shared_bytes(int channels, bool moments) {
     const int padded = (channels + M::kGroup - 1) / M::kGroup * M::kGroup;
     const int slices = (kSliceWarps - 1) * kRowWarps * kRows * kTiles * 4 * 32 * 4;
     return slices + (moments ? kRowWarps * (kExpands ? padded : kBlockColumns) * WarpMoments::kBytes : 0);
+  }
+
+  // Behind what slices and statistics take.
+  static TUCKER_DEVICE uint32_t taps_table(const Params& p) {
+    return shared_base() + (shared_bytes(kExpands ? p.expansion.channels : p.columns, p.moments != nullptr) + 15) / 16 * 16;
   }
 
   // The voxel of the output that a row stands for, and where the kernel's first tap reads.
@@ -121,7 +126,7 @@ struct Gather {
       }
     }
     if (p.source[0].taps_within) {
-      multiply_taps(p, base, valid, slice, columns, c);
+      multiply_taps(p, base, valid, slice, columns, taps_table(p), c);
       return;
     }
     int turn = 0;
@@ -180,37 +185,66 @@ struct Gather {
     }
   }
 
+  // Bytes of shared memory for each channel and tap of a source whose taps are summed up with its channels.
+  static constexpr int kTapBytes = 16;
+
+  // For each of them: the distance from the kernel's first voxel in elements, (d, h, w) a byte each, scale and shift.
+  static TUCKER_DEVICE void fill_taps(const Params& p, uint32_t table) {
+    const Source& source = p.source[0];
+    const int taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
+    for (int k = thread_index(); k < source.channels * taps; k += kThreads) {
+      const int channel = k / taps, tap = k % taps;
+      const int d = tap / p.kernel[2] / p.kernel[1] * p.dilation[0], h = tap / p.kernel[2] % p.kernel[1] * p.dilation[1],
+                w = tap % p.kernel[2] * p.dilation[2];
+      const int at = block_index().z * source.channels + channel;
+      shared_store8(table + k * kTapBytes, ((d * source.extent[1] + h) * source.extent[2] + w) * source.spacing + channel, d << 16 | h << 8 | w);
+      shared_store8(table + k * kTapBytes + 8, as_word(source.scale ? load(source.scale + at) : 1.0f),
+                    as_word(source.shift ? load(source.shift + at) : 0.0f));
+    }
+    barrier();
+  }
+
   // The product of a source of few channels: taps and channels together make the groups, element by element.
   static TUCKER_DEVICE void multiply_taps(const Params& p, const int (&base)[kRows][2][3], const bool (&valid)[kRows][2], int slice,
-                                          int columns, float (&c)[kRows][kTiles][4]) {
+                                          int columns, uint32_t table, float (&c)[kRows][kTiles][4]) {
     const int q = thread_index() % 4, n = block_index().z;
     const Source& source = p.source[0];
     const bool pending = Activation<M, false>::wanted(source);
-    const int taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
-    const auto* volume = static_cast<const Element*>(source.x) +
-                         static_cast<int64_t>(n) * source.extent[0] * source.extent[1] * source.extent[2] * source.spacing;
+    const int count = source.channels * p.kernel[0] * p.kernel[1] * p.kernel[2];
+    const Element* first[kRows][2];
+    bool whole[kRows][2];  // no tap leaves the volume
+    TUCKER_UNROLL
+    for (int t = 0; t < kRows; ++t) {
+      TUCKER_UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const int (&at)[3] = base[t][r];
+        const int64_t voxel = ((static_cast<int64_t>(n) * source.extent[0] + at[0]) * source.extent[1] + at[1]) * source.extent[2] + at[2];
+        first[t][r] = static_cast<const Element*>(source.x) + voxel * source.spacing;
+        whole[t][r] = valid[t][r];
+        TUCKER_UNROLL
+        for (int a = 0; a < 3; ++a) whole[t][r] = whole[t][r] && at[a] >= 0 && at[a] + (p.kernel[a] - 1) * p.dilation[a] < source.extent[a];
+      }
+    }
     TUCKER_NO_UNROLL
-    for (int group = 0; group < source.channels * taps; group += M::kGroup) {
+    for (int group = 0; group < count; group += M::kGroup) {
       if (kSliceWarps > 1 && group / M::kGroup % kSliceWarps != slice) continue;
-      const int first = group + M::kGroup / 4 * q;
+      const int own = group + M::kGroup / 4 * q;
       Words4 x[kRows][2] = {};
       TUCKER_UNROLL
       for (int i = 0; i < M::kChunk; ++i) {
-        const int channel = (first + i) / taps, tap = (first + i) % taps;
-        if (channel >= source.channels) continue;
-        const int shift[3] = {tap / p.kernel[2] / p.kernel[1] * p.dilation[0], tap / p.kernel[2] % p.kernel[1] * p.dilation[1],
-                              tap % p.kernel[2] * p.dilation[2]};
-        const float scale = source.scale ? load(source.scale + n * source.channels + channel) : 1.0f;
-        const float offset = source.shift ? load(source.shift + n * source.channels + channel) : 0.0f;
+        if (own + i >= count) continue;
+        const Words2 place = shared_load8(table + (own + i) * kTapBytes), norm = shared_load8(table + (own + i) * kTapBytes + 8);
+        const int d = place.v[1] >> 16, h = place.v[1] >> 8 & 255, w = place.v[1] & 255;
         TUCKER_UNROLL
         for (int t = 0; t < kRows; ++t) {
           TUCKER_UNROLL
           for (int r = 0; r < 2; ++r) {
-            const int d = base[t][r][0] + shift[0], h = base[t][r][1] + shift[1], w = base[t][r][2] + shift[2];
-            if (!valid[t][r] || d < 0 || d >= source.extent[0] || h < 0 || h >= source.extent[1] || w < 0 || w >= source.extent[2]) continue;
-            const int64_t voxel = (static_cast<int64_t>(d) * source.extent[1] + h) * source.extent[2] + w;
-            Element element = load(volume + voxel * source.spacing + channel);
-            if (pending) element = element_of<M>(activated(value_of<M>(element), scale, offset, source.slope));
+            const int (&at)[3] = base[t][r];
+            const bool inside = whole[t][r] || (valid[t][r] && at[0] + d >= 0 && at[0] + d < source.extent[0] && at[1] + h >= 0 &&
+                                                at[1] + h < source.extent[1] && at[2] + w >= 0 && at[2] + w < source.extent[2]);
+            if (!inside) continue;
+            Element element = load(first[t][r] + static_cast<int>(place.v[0]));
+            if (pending) element = element_of<M>(activated(value_of<M>(element), as_float(norm.v[0]), as_float(norm.v[1]), source.slope));
             if constexpr (M::kSize == 2)
               x[t][r].v[i / 2] |= static_cast<uint32_t>(element) << (i % 2 * 16);
             else
@@ -218,7 +252,7 @@ struct Gather {
           }
         }
       }
-      multiply_columns(p, source, static_cast<const Element*>(source.weight), columns, first, x, c);
+      multiply_columns(p, source, static_cast<const Element*>(source.weight), columns, own, x, c);
     }
   }
 
@@ -243,6 +277,21 @@ struct Gather {
 
   static TUCKER_DEVICE void store_row(const Params& p, int64_t index, int columns, int group, int r, const float (*tiles)[4]) {
     const int q = thread_index() % 4, own = columns + group * M::kGroup + M::kGroup / 4 * q;
+    if (p.y_channel) {
+      // Voxels of neighbouring lanes lie side by side.
+      const int64_t voxels = static_cast<int64_t>(p.out[0]) * p.out[1] * p.out[2];
+      const int64_t first = (index / voxels * p.y_columns + own) * voxels + index % voxels;
+      TUCKER_UNROLL
+      for (int i = 0; i < M::kChunk; ++i) {
+        if (own + i >= p.y_columns) continue;
+        const float value = tiles[i / 2][2 * r + i % 2];
+        if (p.y_is_float)
+          store(static_cast<float*>(p.y) + first + i * voxels, value);
+        else
+          store(static_cast<Element*>(p.y) + first + i * voxels, element_of<M>(value));
+      }
+      return;
+    }
     const int64_t at = index * p.y_pitch + p.y_column + own;
     if (p.y_is_float) {
       TUCKER_UNROLL
@@ -305,6 +354,7 @@ struct Gather {
     const int warp = thread_index() / 32, row_warp = warp / kSliceWarps, slice = warp % kSliceWarps;
     const int n = block_index().z, columns = block_index().y * kBlockColumns, first = row_warp * kRows * 16;
     const Grid grid(p);
+    if (p.source[0].taps_within) fill_taps(p, taps_table(p));
     float c[kRows][kTiles][4] = {};
     multiply(p, grid, first, slice, columns, c);
     const Rows rows(p, grid, n, first);

@@ -92,14 +92,15 @@ void check(const Call& call) {
   if (call.u_out) check_weight(call.op, call.u_out, core, {call.u_out->size(0), rank_out});
   check_weight(call.op, call.in_bias, core, {core.size(1)});
   check_weight(call.op, call.bias, core, {out_channels});
-  STD_TORCH_CHECK(call.stats != "covariance" || !call.u_out, call.op, ": takes the covariance of the core's output only");
+  STD_TORCH_CHECK(call.stats != "covariance" || (!call.u_out && !call.contiguous), call.op,
+                  ": takes the covariance of the core's output only, channels-last");
 }
 
 Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, const Tensor& u_out, std::optional<Tensor> bias,
                    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, std::vector<int64_t> device,
                    std::vector<int64_t> choice) {
   Call call{"tucker_ops::_tucker_conv_cuda", {input}, {std::nullopt}, {std::nullopt}, {std::nullopt}, {u_in}, {1.0}, std::nullopt, u_out, bias,
-            &core, stride, padding, dilation, "none", false, device, choice};
+            &core, stride, padding, dilation, "none", false, false, device, choice};
   check(call);
   return execute(call).values;
 }
@@ -108,9 +109,9 @@ std::tuple<Tensor, Tensor, Tensor> tucker_block(std::vector<Tensor> sources, Opt
                                                 std::vector<double> slope, Optionals reduce, std::optional<Tensor> in_bias,
                                                 const Tensor& core, std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                 std::vector<int64_t> dilation, std::optional<Tensor> u_out, std::optional<Tensor> bias,
-                                                std::string stats, bool float32_values, std::vector<int64_t> device, std::vector<int64_t> choice) {
+                                                std::string stats, bool contiguous, bool float32_values, std::vector<int64_t> device, std::vector<int64_t> choice) {
   Call call{"tucker_ops::_tucker_block_cuda", sources, expand, scale, shift, reduce, slope, in_bias, u_out, bias,
-            &core, stride, padding, dilation, stats, float32_values, device, choice};
+            &core, stride, padding, dilation, stats, contiguous, float32_values, device, choice};
   check(call);
   Result result = execute(call);
   return {result.values, result.mean, result.m2};
@@ -160,6 +161,8 @@ Tensor tucker_merge(std::vector<Tensor> values, Optionals scale, Optionals shift
   }
   lend(output, true);
   p.y = output.mutable_data_ptr();
+  p.vectors = reinterpret_cast<uintptr_t>(p.y) % 16 == 0;
+  for (int i = 0; i < p.values; ++i) p.vectors = p.vectors && reinterpret_cast<uintptr_t>(p.value[i]) % 16 == 0;
   const Kind kind = dtype == ScalarType::Half ? Kind::kFp16 : dtype == ScalarType::BFloat16 ? Kind::kBf16 : Kind::kFp32;
   const std::string error = start_merge(kind, p, on.stream());
   STD_TORCH_CHECK(error.empty(), kOp, ": ", error);

@@ -72,6 +72,7 @@ struct GatherParams {
   void* y;
   bool y_is_float;
   bool y_vectors;         // 16-byte stores are aligned
+  bool y_channel;         // channel after channel, [batch, y_columns, out…]
   int y_pitch, y_column;  // elements between voxels, and the first of ours
   int y_columns;          // columns to write: beyond the product's own, zeros
   Moments* moments;       // as above, a block of an item being one along the grid's x
@@ -132,6 +133,7 @@ struct MergeParams {
   void* y;
   int64_t voxels;     // of an item
   int channels, batch, blocks;
+  bool vectors;       // values are aligned to 16 bytes, and channels fill them
 };
 
 }  // namespace tucker_ops::cuda

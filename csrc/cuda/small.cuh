@@ -158,24 +158,61 @@ struct MergeCovariance {
   }
 };
 
-// y = LeakyReLU(Σ LeakyReLU(scale · value + shift)).
+// y = LeakyReLU(Σ LeakyReLU(scale · value + shift)), 16 bytes a thread where channels fill them, else an element.
 template <class M>
 struct Merge {
   using Element = typename M::Element;
   using Params = MergeParams;
   static constexpr int kThreads = 256, kBlocks = 1;
 
-  static TUCKER_DEVICE void run(const Params& p) {
-    const int64_t per_item = p.voxels * p.channels, total = per_item * p.batch;
-    for (int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index(); i < total; i += static_cast<int64_t>(p.blocks) * kThreads) {
-      const int64_t at = i / per_item * p.channels + i % p.channels;
-      float sum = 0.0f;
+  template <int kOwn>
+  static TUCKER_DEVICE void run_by(const Params& p) {
+    const int n = block_index().y, groups = p.channels / kOwn;
+    const int64_t per_item = p.voxels * p.channels;
+    const int64_t step = static_cast<int64_t>(p.blocks) * kThreads;
+    for (int64_t i = static_cast<int64_t>(block_index().x) * kThreads + thread_index(); i < p.voxels * groups; i += step) {
+      const int64_t at = n * per_item + i * kOwn;
+      const int64_t norm = static_cast<int64_t>(n) * p.channels + i % groups * kOwn;
+      float sum[kOwn] = {};
       for (int v = 0; v < p.values; ++v) {
-        const float value = value_of<M>(load(static_cast<const Element*>(p.value[v]) + i));
-        sum += activated(value, p.scale[v] ? load(p.scale[v] + at) : 1.0f, p.shift[v] ? load(p.shift[v] + at) : 0.0f, p.slope[v]);
+        const auto* from = static_cast<const Element*>(p.value[v]) + at;
+        Words4 words = {};
+        if constexpr (kOwn > 1) words = load16(from);
+        TUCKER_UNROLL
+        for (int j = 0; j < kOwn; ++j) {
+          float value;
+          if constexpr (kOwn == 1)
+            value = value_of<M>(load(from));
+          else if constexpr (M::kSize == 2)
+            value = j % 2 ? M::high(words.v[j / 2]) : M::low(words.v[j / 2]);
+          else
+            value = as_float(words.v[j]);
+          sum[j] += activated(value, p.scale[v] ? load(p.scale[v] + norm + j) : 1.0f, p.shift[v] ? load(p.shift[v] + norm + j) : 0.0f, p.slope[v]);
+        }
       }
-      store(static_cast<Element*>(p.y) + i, element_of<M>(sum > 0.0f ? sum : sum * p.out_slope));
+      TUCKER_UNROLL
+      for (int j = 0; j < kOwn; ++j) sum[j] = sum[j] > 0.0f ? sum[j] : sum[j] * p.out_slope;
+      if constexpr (kOwn == 1) {
+        store(static_cast<Element*>(p.y) + at, element_of<M>(sum[0]));
+      } else {
+        Words4 words;
+        TUCKER_UNROLL
+        for (int w = 0; w < 4; ++w) {
+          if constexpr (M::kSize == 2)
+            words.v[w] = M::pair(sum[2 * w], sum[2 * w + 1]);
+          else
+            words.v[w] = as_word(sum[w]);
+        }
+        store16(static_cast<Element*>(p.y) + at, words);
+      }
     }
+  }
+
+  static TUCKER_DEVICE void run(const Params& p) {
+    if (p.vectors)
+      run_by<M::kChunk>(p);
+    else
+      run_by<1>(p);
   }
 };
 

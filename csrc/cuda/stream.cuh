@@ -33,7 +33,9 @@ struct Stream {
   // input plane is the last of the oldest slot's, always, and the first of the newest's; at stride 2 every other one
   // lies in the middle of a single output plane.
   static constexpr int kSlots = kStrideDepth == 1 ? kDepth : 2, kWaiting = kSlots - 1;
-  static constexpr int kBatch = kStepsIn == 1 ? 2 : 1;                  // mma tiles of the first stage at a time
+  static constexpr int kSums = kSlots * kRows * kTilesOut * 4;          // of a thread
+  // mma tiles of the first stage at a time: as many as registers are left for.
+  static constexpr int kBatch = (kSums > 160 ? 2 : 4) / kStepsIn;
   static constexpr int kEntry = 16 * kBatch;
 
   static constexpr int kHaloHeight = (kHeight - 1) * kStride + kTaps, kHaloWidth = (kWidth - 1) * kStride + kTaps;
@@ -69,7 +71,7 @@ struct Stream {
   // With more than 160 sums a thread too few registers are left on older architectures, and some are spilled; and sm_75
   // has 64 KB of shared memory.
   static constexpr int kLeastCapability =
-      kSlots * kRows * kTilesOut * 4 > 160 ? 90 : shared_bytes(1, false) > 64 * 1024 ? 80 : M::kLeastCapability;
+      kSums > 160 ? 90 : shared_bytes(1, false) > 64 * 1024 ? 80 : M::kLeastCapability;
 
   static constexpr uint32_t kOutside = 0xffffffffu;  // a voxel of the halo outside the volume
   // Positions have 14 bits, the class of the entry above them.
@@ -130,7 +132,7 @@ struct Stream {
   }
 
   static TUCKER_DEVICE void fill_weights(const Params& p) {
-    // Dividing by a number that the compiler knows takes a tenth of the instructions.
+    // Dividing by a number that the compiler knows takes far fewer instructions.
     if (p.rank_in == kStepsIn * M::kStep)
       fill_weights_of(p, [](int pair) { return pair / (kStepsIn * M::kStep); });
     else

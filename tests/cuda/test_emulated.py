@@ -228,11 +228,13 @@ def test_norms_from_statistics(emulated_library):
                 torch.testing.assert_close(a, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("channels", [9, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
-def test_merges(emulated_library, dtype):
+def test_merges(emulated_library, dtype, channels):
     layout = torch.channels_last_3d
-    values = [torch.randn(2, 9, 3, 4, 5).to(dtype).to(memory_format=layout) for _ in range(3)]
-    scale, shift = [torch.randn(2, 9), None, torch.randn(2, 9)], [torch.randn(2, 9), torch.randn(2, 9), None]
+    values = [torch.randn(2, channels, 3, 4, 5).to(dtype).to(memory_format=layout) for _ in range(3)]
+    norms = [torch.randn(2, channels) for _ in range(4)]
+    scale, shift = [norms[0], None, norms[1]], [norms[2], norms[3], None]
     ours = torch.ops.tucker_ops._tucker_merge_cuda(values, scale, shift, [0.01, 1.0, 0.2], 0.1)
     expected = merge(
         [v.double() for v in values],
@@ -301,3 +303,46 @@ def test_dense_convolutions_of_few_channels(emulated, dtype, poisoned):
             "stats": "channel",
         }
         check(call, dtype, backend="emulated")
+
+
+def test_opcheck_of_the_private_ops(emulated_library):
+    """Schemas, fakes and what the kernels return agree, in both layouts of values."""
+    call = random_call(3, torch.float32)
+    layout = (torch.channels_last, torch.channels_last_3d)[call["core"].dim() - 4]
+    call["sources"] = [s.contiguous(memory_format=layout) for s in call["sources"]]
+    for contiguous in (False, True):
+        arguments = (*call.values(), contiguous, False, cuda.H200.numbers, [0])
+        torch.library.opcheck(torch.ops.tucker_ops._tucker_block_cuda.default, arguments)
+    values = [torch.randn(1, 8, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d) for _ in range(2)]
+    torch.library.opcheck(
+        torch.ops.tucker_ops._tucker_merge_cuda.default, (values, [None] * 2, [None] * 2, [0.1, 1.0], 0.01)
+    )
+    statistics = (torch.randn(1, 8), torch.rand(1, 8), torch.randn(8), None, 60, 1e-5)
+    torch.library.opcheck(torch.ops.tucker_ops._norm_affine_cuda.default, statistics)
+    torch.library.opcheck(torch.ops.tucker_ops.norm_affine.default, statistics)
+
+
+def test_norms_of_any_size_are_one_graph():
+    """A dynamic extent reaches the op as a symbol, not as the number it was traced with."""
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return torch.ops.tucker_ops.norm_affine(x.mean(2), x.var(2), None, None, x.shape[2], 1e-5)
+
+    x = torch.randn(2, 3, 7)
+    extent = torch.export.Dim("extent", min=2, max=100)
+    exported = torch.export.export(Norm(), (x,), dynamic_shapes=({2: extent},)).module()
+    y = torch.randn(2, 3, 50)
+    torch.testing.assert_close(exported(y), Norm()(y))
+
+
+def test_many_blocks_of_statistics_merge_in_two_levels(emulated, poisoned):
+    """A large map of few channels leaves thousands of blocks."""
+    x = torch.randn(1, 1, 40, 40, 40)
+    core = torch.randn(8, 1, 1, 1, 1)
+    none = [None]
+    call = ([x], none, none, none, [1.0], none, None, core, [1] * 3, [0] * 3, [1] * 3, None, None, "channel")
+    values, mean, m2 = torch.ops.tucker_ops.tucker_block(*call, backend="emulated")
+    flat = values.double().flatten(2)
+    torch.testing.assert_close(mean.double(), flat.mean(2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(m2.double(), flat.var(2, correction=0) * flat.shape[2], rtol=1e-5, atol=1e-6)

@@ -307,9 +307,11 @@ def run_block_on(
         [None if t is None else t.contiguous() for t in given] for given in (expand, scale, shift, reduce)
     )
     in_bias, core, u_out, bias = (None if t is None else t.contiguous() for t in (in_bias, core, u_out, bias))
+    # A covariance is taken of channels-last values.
+    at_once = contiguous and stats != "covariance"
     values, mean, m2 = torch.ops.tucker_ops._tucker_block_cuda(
         sources, expand, scale, shift, slope, reduce, in_bias, core, stride, padding, dilation, u_out, bias, stats,
-        float32_values, device.numbers, choice,
+        at_once, float32_values, device.numbers, choice,
     )  # fmt: skip
     return (values.contiguous() if contiguous else values), mean, m2
 

@@ -91,7 +91,7 @@ class FusedForward:
     def forward(self, input: Tensor):
         if not _may_fuse(self, input):
             return super().forward(input)
-        fusion = fusion_of(self)
+        fusion = fusion_of(self, _autocast_dtype(input))
         return super().forward(input) if fusion.module is None else _run(self, fusion, input)
 
     def __getstate__(self):
@@ -134,6 +134,9 @@ def fuse(model: nn.Module, *, precision: str | None = None) -> nn.Module:
     fusion = fusion_of(fused)
     if fusion.module is None:
         raise ConversionError(f"{fusion.reason}; run the model as it is")
+    for dtype in _dtypes_to_come(fused):
+        # torch.compile finds what there is, and cannot rewrite anything itself.
+        fusion_of(fused, dtype)
     return fused
 
 
@@ -153,6 +156,16 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
     if not fused.fused:
         used = Verdict(False, "turned off for this network")
     return Explanation(fusion, used, _chosen(fused, dtype).reason)
+
+
+def _dtypes_to_come(model: nn.Module) -> tuple[torch.dtype, ...]:
+    """In what, beside its own dtype, a model may be asked to compute: by precision, or by autocast on a GPU."""
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.dtype != torch.float32:
+        return ()
+    if parameter.is_cuda:
+        return (torch.float16, torch.bfloat16)
+    return (torch.bfloat16,) if model.precision == "bf16" else ()
 
 
 @cache
@@ -242,11 +255,10 @@ def fusion_of(model: nn.Module, dtype: torch.dtype | None = None) -> Fusion:
 
 
 def _run(model: nn.Module, fusion: Fusion, input: Tensor):
-    """`fusion` is that in the model's own dtype."""
-    lower = _autocast_dtype(input)
-    if lower is not None:
+    """`fusion` is that in the model's own dtype, or in autocast's."""
+    if _autocast_dtype(input) is not None:
         with torch.autocast("cuda", enabled=False):
-            return fusion_of(model, lower).module(input)
+            return fusion.module(input)
     choice = _chosen(model, input.dtype)
     if choice.final:
         return (fusion if choice.dtype is None else fusion_of(model, choice.dtype)).module(input)

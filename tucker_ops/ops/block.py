@@ -50,7 +50,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"_tucker_block_cuda({_SOURCES}, Tensor? in_bias, Tensor core, int[] stride, int[] padding, int[] dilation, "
-    f"Tensor? u_out, Tensor? bias, str stats, bool float32_values, {CUDA_ARGUMENTS}) -> {_RETURNS}",
+    f"Tensor? u_out, Tensor? bias, str stats, bool contiguous, bool float32_values, {CUDA_ARGUMENTS}) -> {_RETURNS}",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -222,8 +222,8 @@ def _(*args):
 
 @torch.library.register_fake("tucker_ops::_tucker_block_cuda", lib=LIBRARY)
 def _(*args):
-    *call, float32_values, _device, _choice = args
-    return _empty_outputs(*call, False, float32_values)
+    *call, _device, _choice = args
+    return _empty_outputs(*call)
 
 
 def no_backward(ctx, *grads):
