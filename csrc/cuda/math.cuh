@@ -22,6 +22,7 @@ struct Widths {
   static constexpr int kChunk = 16 / kBytes;       // channels in 16 bytes
   static constexpr int kStepTiles = kStep / 8;     // mma tiles of 8 columns that make a step
   static constexpr int kGroupTiles = kGroup / 8;
+  static constexpr bool kSplits = false;           // factors in two, which takes registers
 };
 
 struct Fp16 : Widths<2> {
@@ -59,6 +60,7 @@ struct Tf32 : Widths<4> {
 // way (Ootomo, Yokota 2022, arXiv 2203.03341).
 struct Fp32 : Widths<4> {
   using Element = float;
+  static constexpr bool kSplits = true;
   static constexpr int kLeastCapability = 80;
   static TUCKER_DEVICE void split(uint32_t w, uint32_t& large, uint32_t& small) {
     large = tf32(as_float(w));

@@ -35,7 +35,7 @@ struct Stream {
   static constexpr int kSlots = kStrideDepth == 1 ? kDepth : 2, kWaiting = kSlots - 1;
   static constexpr int kSums = kSlots * kRows * kTilesOut * 4;          // of a thread
   // mma tiles of the first stage at a time: as many as registers are left for.
-  static constexpr int kBatch = (kSums > 160 ? 2 : 4) / kStepsIn;
+  static constexpr int kBatch = (kSums > 160 || M::kSplits ? 2 : 4) / kStepsIn;
   static constexpr int kEntry = 16 * kBatch;
 
   static constexpr int kHaloHeight = (kHeight - 1) * kStride + kTaps, kHaloWidth = (kWidth - 1) * kStride + kTaps;

@@ -393,15 +393,16 @@ def test_a_call_does_not_wait_for_the_gpu():
         for _ in range(WARM_UPS):
             tucker_ops.tucker_conv(x, *weights, *CASE.geometry, backend="cuda")
         torch.cuda.synchronize()
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            tucker_ops.tucker_conv(x, *weights, *CASE.geometry, backend="cuda")
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        # The card is busy for half a second; whoever waits for it comes back later than that.
+        torch.cuda._sleep(1_000_000_000)
+        tucker_ops.tucker_conv(x, *weights, *CASE.geometry, backend="cuda")
+        done = torch.cuda.Event()
+        done.record()
+        assert not done.query()
+        torch.cuda.synchronize()
 
 
-SANITIZER_SECONDS = 40
+SANITIZER_SECONDS = 100
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -429,10 +430,10 @@ def test_compute_sanitizer_finds_nothing(tool, repo_root):
     except subprocess.TimeoutExpired:
         pytest.skip(f"compute-sanitizer's {tool} took more than {SANITIZER_SECONDS} s here")
     lines = done.stdout.splitlines()
-    if (REDUCED_DONE not in lines and "ERROR SUMMARY" not in done.stdout) or "not supported" in done.stdout:
-        said = next((line for line in lines if "not supported" in line), " ".join(lines[-3:]))
-        pytest.skip(f"compute-sanitizer's {tool} does not run here: {said[-300:]}")
-    assert done.returncode == 0, "\n".join(lines[-60:])
+    refusal = next((line for line in lines if "not supported" in line.lower()), None)
+    if refusal is not None:
+        pytest.skip(f"compute-sanitizer's {tool} does not run here: {refusal[-300:]}")
+    assert done.returncode == 0 and REDUCED_DONE in lines, "\n".join(lines[-60:])
 
 
 REDUCED_DONE = "reduced problems ran"

@@ -385,3 +385,14 @@ def test_what_cannot_be_fused_says_so():
     with pytest.raises(ConversionError, match=r"torch\.fx cannot follow the forward of Branching"):
         fuse(Branching().eval())
     assert "runs as it was: torch.fx cannot follow" in str(explain(Branching().eval()))
+
+
+def test_compile_in_another_precision_needs_no_eager_call_first():
+    """torch.compile cannot rewrite anything: what precision and autocast ask for is there from the start."""
+    network = plain_unet()
+    fused = fuse(network.requires_grad_(False), precision="bf16")
+    x = torch.randn(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        compiled = torch.compile(fused, backend="eager", fullgraph=True)(x)
+        assert compiled.dtype == torch.float32
+        torch.testing.assert_close(compiled, fused(x))
