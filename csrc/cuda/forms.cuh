@@ -106,7 +106,7 @@ using StreamForms16 =
 template <class M>
 using StreamFormsTf32 = Forms<Stream<M, 2, 2, 3, 1, 1, 12, 32>, Stream<M, 2, 2, 1, 1, 1, 16, 32>>;
 template <class M>
-using StreamFormsFp32 = Forms<Stream<M, 2, 2, 3, 1, 1, 12, 16>, Stream<M, 2, 2, 1, 1, 1, 8, 32>>;
+using StreamFormsFp32 = Forms<Stream<M, 2, 2, 3, 1, 1, 8, 16>, Stream<M, 2, 2, 1, 1, 1, 8, 32>>;
 
 // 64 and 32 columns, kGroups groups being 32; kRows tiles of 16 voxels a warp. The third and fourth are for small maps,
 // whose sums are shared out among warps.
