@@ -99,12 +99,10 @@ struct Stream {
       const bool inside = h0 + h >= 0 && h0 + h < p.in[1] && w0 + w >= 0 && w0 + w < p.in[2];
       const bool real = h < kHaloHeight;
       const int at_h = h0 + h, at_w = w0 + w;
-      shared_store4((shared_base() + kVoxelsAt) + i * 4, real && inside ? static_cast<uint32_t>(at_h * p.in[2] + at_w) : kOutside);
-      if ((shared_base() + kCoarseAt) != (shared_base() + kVoxelsAt)) {
-        const int coarse = at_h / p.factor[1] * (p.in[2] / p.factor[2]) + at_w / p.factor[2];
-        shared_store4((shared_base() + kCoarseAt) + i * 4, real && inside ? static_cast<uint32_t>(coarse) : kOutside);
-      }
-      shared_store2((shared_base() + kPositionsAt) + i * 2, static_cast<uint16_t>((real ? position_of(h, w) : kNowhere) | c << kClassShift));
+      shared_store4(shared_base() + kVoxelsAt + i * 4, real && inside ? static_cast<uint32_t>(at_h * p.in[2] + at_w) : kOutside);
+      const int coarse = at_h / p.factor[1] * (p.in[2] / p.factor[2]) + at_w / p.factor[2];
+      shared_store4(shared_base() + kCoarseAt + i * 4, real && inside ? static_cast<uint32_t>(coarse) : kOutside);
+      shared_store2(shared_base() + kPositionsAt + i * 2, static_cast<uint16_t>((real ? position_of(h, w) : kNowhere) | c << kClassShift));
     }
   }
 
@@ -142,7 +140,7 @@ struct Stream {
   template <class Divide>
   static TUCKER_DEVICE void fill_weights_of(const Params& p, const Divide& by_rank_in) {
     if (p.rank_in < kStepsIn * M::kStep || p.rank_out < kStepsOut * M::kStep) {
-      for (int i = thread_index(); i < kWeights / 8; i += kThreads) shared_store8((shared_base() + kWeightsAt) + i * 8, 0, 0);
+      for (int i = thread_index(); i < kWeights / 8; i += kThreads) shared_store8(shared_base() + kWeightsAt + i * 8, 0, 0);
       barrier();
     }
     constexpr int kPerPair = kDepth * kPlaneTaps, kOnce = M::kChunk;
@@ -165,7 +163,7 @@ struct Stream {
         else
           value = as_float(words.v[j]);
         const int out = by_rank_in(pair), in = pair - out * p.rank_in;
-        store_weight((shared_base() + kWeightsAt) + weight_at(out, in, tap / kPlaneTaps, tap % kPlaneTaps), value);
+        store_weight(shared_base() + kWeightsAt + weight_at(out, in, tap / kPlaneTaps, tap % kPlaneTaps), value);
       }
     }
   }
@@ -188,7 +186,7 @@ struct Stream {
       TUCKER_UNROLL
       for (int u = 0; u < kBatch; ++u) {
         TUCKER_UNROLL
-        for (int r = 0; r < 2; ++r) outside[u][r] = shared_load4((shared_base() + kVoxelsAt) + (first + u * 16 + g + 8 * r) * 4) == kOutside;
+        for (int r = 0; r < 2; ++r) outside[u][r] = shared_load4(shared_base() + kVoxelsAt + (first + u * 16 + g + 8 * r) * 4) == kOutside;
       }
       TUCKER_NO_UNROLL
       for (int s = 0; s < p.sources; ++s) {
@@ -197,7 +195,7 @@ struct Stream {
         uint32_t voxels = shared_base() + kVoxelsAt;
         if (source.coarse) {
           voxels = shared_base() + kCoarseAt;
-          const int in_plane = shared_load2((shared_base() + kPositionsAt) + first * 2) >> kClassShift;
+          const int in_plane = shared_load2(shared_base() + kPositionsAt + first * 2) >> kClassShift;
           weight += ((d & (p.factor[0] - 1)) * p.factor[1] * p.factor[2] + in_plane) * source.tap_stride;
         }
         const Element* plane = plane_of(source, n, d, p.factor);
@@ -264,7 +262,7 @@ struct Stream {
           to_factor<M>(&t[u][step * M::kStepTiles], factor);
           TUCKER_UNROLL
           for (int r = 0; r < 2; ++r) {
-            const uint32_t position = shared_load2((shared_base() + kPositionsAt) + (first + u * 16 + g + 8 * r) * 2) & kNowhere;
+            const uint32_t position = shared_load2(shared_base() + kPositionsAt + (first + u * 16 + g + 8 * r) * 2) & kNowhere;
             if (position != kNowhere)
               shared_store8(buffer + (2 * step + (q >> 1)) * kPlane + position * 16 + (q & 1) * 8, factor[r], factor[2 + r]);
           }
@@ -296,7 +294,7 @@ struct Stream {
   static TUCKER_DEVICE void convolve(Sums (&z)[kCount], uint32_t buffer, int wanted) {
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     uint32_t row = buffer + (lane / 16) * kPlane + (warp * (kRows / kAcross) * kStride * kPitch + lane % 16) * 16;
-    uint32_t weights = (shared_base() + kWeightsAt) + lane * 8;
+    uint32_t weights = shared_base() + kWeightsAt + lane * 8;
     TUCKER_NO_UNROLL
     for (int tap_h = 0; tap_h < kTaps; ++tap_h) {
       TUCKER_NO_UNROLL
