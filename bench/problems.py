@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tucker_ops.errors import ConfigError
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,6 +32,26 @@ class BenchProblem:
     @property
     def output_shape(self) -> tuple[int, ...]:
         return (self.batch, self.spec.out_channels, *self.spec.output_size(self.size))
+
+    def of_op(self, device: str, layout: str) -> Problem:
+        """What `tucker_conv` is asked to compute, on a kind of device and in a layout."""
+        spec = self.spec
+        return Problem(
+            batch=self.batch,
+            in_channels=spec.in_channels,
+            rank_in=self.ranks[0],
+            rank_out=self.ranks[1],
+            out_channels=spec.out_channels,
+            input_size=self.size,
+            kernel_size=spec.kernel_size,
+            stride=spec.stride,
+            padding=spec.padding,
+            dilation=spec.dilation,
+            dtype=self.dtype,
+            device=device,
+            layout=layout,
+            bias=True,
+        )
 
     def cropped(self, extent: int) -> BenchProblem:
         """The same layer on an input of at most `extent` voxels an axis, and at least its kernel."""

@@ -59,7 +59,7 @@ def _measure(case: OpCase, clock: Clock, settings: Settings) -> list[dict]:
         "floor_macs": floor.macs,
         "copied_bytes": case.copied_bytes,
         "dense_macs": dense_cost(spec, problem.size, **size).macs,
-        **described(_op_problem(case, settings.device), case.kind == TF32),
+        **described(case.problem.of_op(settings.device.type, "channels_last"), case.kind == TF32),
     }
     peers = peers_of(operands, reference, settings.backend, case.targets)
     return measure(peers, GATES[case.kind], clock, settings, about)
@@ -135,26 +135,6 @@ def _ours(operands: Operands, layout: str, backend: str | None) -> Call:
     (x,) = laid_out(layout, operands.input)
     factors, geometry = operands.factors, operands.geometry
     return lambda: tucker_ops.tucker_conv(x, *factors, *geometry, backend=backend)
-
-
-def _op_problem(case: OpCase, device: torch.device) -> Problem:
-    problem, spec = case.problem, case.problem.spec
-    return Problem(
-        batch=problem.batch,
-        in_channels=spec.in_channels,
-        rank_in=problem.ranks[0],
-        rank_out=problem.ranks[1],
-        out_channels=spec.out_channels,
-        input_size=problem.size,
-        kernel_size=spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        dtype=problem.dtype,
-        device=device.type,
-        layout="channels_last",
-        bias=True,
-    )
 
 
 def described(problem: Problem, tf32: bool) -> dict[str, object]:

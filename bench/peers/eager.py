@@ -20,7 +20,6 @@ from bench.peers.base import (
 )
 from bench.problems import BenchProblem
 from tucker_ops.backends.select import ORDER, choose
-from tucker_ops.types import Problem
 
 
 def torch_peers() -> list[Peer]:
@@ -33,7 +32,7 @@ def our_peers(problem: BenchProblem) -> list[Peer]:
     peers = []
     for backend in ORDER:
         for layout in LAYOUTS:
-            op_problem = _op_problem(problem, layout)
+            op_problem = problem.of_op("cpu", layout)
             verdict = backend.available() and backend.supports(op_problem)
             peers.append(
                 Peer(
@@ -80,23 +79,3 @@ class _TuckerOps:
         u_in, _, u_out, bias = operands.factors
         geometry, backend = operands.geometry, self.backend
         return lambda: tucker_ops.tucker_conv(input, u_in, core, u_out, bias, *geometry, backend=backend)
-
-
-def _op_problem(problem: BenchProblem, layout: str) -> Problem:
-    spec = problem.spec
-    return Problem(
-        batch=problem.batch,
-        in_channels=spec.in_channels,
-        rank_in=problem.ranks[0],
-        rank_out=problem.ranks[1],
-        out_channels=spec.out_channels,
-        input_size=problem.size,
-        kernel_size=spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        dtype=problem.dtype,
-        device="cpu",
-        layout=layout,
-        bias=True,
-    )

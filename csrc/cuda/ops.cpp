@@ -26,6 +26,14 @@ bool on_gpu(const Tensor& tensor) { return tensor.is_cpu(); }
 bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
 #endif
 
+// Its data, which the emulated kernels may touch from now on.
+const void* lend(const Tensor& tensor, [[maybe_unused]] bool writable) {
+#if defined(TUCKER_EMULATED_GPU)
+  emulation::lend(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), writable);
+#endif
+  return tensor.const_data_ptr();
+}
+
 bool is_dense_channels_last(const Tensor& tensor) {
   int64_t expected = tensor.size(1);
   if (tensor.size(1) != 1 && tensor.stride(1) != 1) return false;
@@ -136,12 +144,6 @@ Tensor tucker_merge(std::vector<Tensor> values, Optionals scale, Optionals shift
   for (int64_t axis = 2; axis < first.dim(); ++axis) p.voxels *= first.size(axis);
   Tensor output = torch::stable::empty_like(first);
   if (output.numel() == 0) return output;
-  const auto lend = [](const Tensor& tensor, [[maybe_unused]] bool writable) {
-#if defined(TUCKER_EMULATED_GPU)
-    emulation::lend(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), writable);
-#endif
-    return tensor.const_data_ptr();
-  };
   for (int i = 0; i < p.values; ++i) {
     const Tensor& value = values[i];
     bool same = value.dim() == first.dim() && value.scalar_type() == dtype && on_gpu(value) && is_dense_channels_last(value);
@@ -182,12 +184,6 @@ std::tuple<Tensor, Tensor> norm_affine(const Tensor& mean, const Tensor& m2, std
   p.total = static_cast<int>(mean.numel());
   p.channels = static_cast<int>(mean.size(1));
   if (p.total == 0) return {scale, shift};
-  const auto lend = [](const Tensor& tensor, [[maybe_unused]] bool writable) {
-#if defined(TUCKER_EMULATED_GPU)
-    emulation::lend(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), writable);
-#endif
-    return tensor.const_data_ptr();
-  };
   const auto set = [&](const std::optional<Tensor>& tensor, const void*& values, int& bytes, bool& bf16) {
     if (!tensor) return;
     const ScalarType dtype = tensor->scalar_type();
