@@ -168,8 +168,9 @@ class BuildNative(build_ext):
             ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         ) / "tucker_ops"
         target.mkdir(parents=True, exist_ok=True)
-        mode = switch("TUCKER_NATIVE")
-        if mode == "0" and switch("TUCKER_CUDA") == "1":
+        # Before anything is removed.
+        mode, cuda = switch("TUCKER_NATIVE"), switch("TUCKER_CUDA")
+        if mode == "0" and cuda == "1":
             raise SystemExit(
                 "tucker_ops: TUCKER_CUDA=1 needs the compiled extension, which TUCKER_NATIVE=0 leaves out"
             )
@@ -180,7 +181,7 @@ class BuildNative(build_ext):
                 raise Unbuildable("switched off by TUCKER_NATIVE=0 at installation")
             status = build_native(target)
         except (Unbuildable, OSError) as error:
-            if mode == "1" or os.environ.get("TUCKER_CUDA") == "1":
+            if "1" in (mode, cuda):
                 raise SystemExit(
                     f"tucker_ops: TUCKER_NATIVE=1 or TUCKER_CUDA=1, but the extension does not build: {error}"
                 ) from None

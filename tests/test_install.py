@@ -132,6 +132,19 @@ def test_an_unknown_switch_is_refused(repo_root, tmp_path):
     assert failed.returncode != 0 and "must be 0, 1 or unset" in failed.stderr + failed.stdout
 
 
+@pytest.mark.parametrize(
+    "switches", [{"TUCKER_NATIVE": "off"}, {"TUCKER_CUDA": "2"}, {"TUCKER_NATIVE": "0", "TUCKER_CUDA": "1"}]
+)
+def test_a_refused_build_leaves_what_is_there(repo_root, tmp_path, switches):
+    source = copy_of_sources(repo_root, tmp_path / "source")
+    built = source / "tucker_ops" / "libtucker_ops_native.so"
+    built.write_text("built before")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=source, env={**os.environ, **switches}, capture_output=True, text=True)
+    assert done.returncode != 0 and "tucker_ops: TUCKER_" in done.stderr
+    assert built.read_text() == "built before"
+
+
 def test_strict_installation_fails_where_the_extension_cannot_be_built(repo_root, tmp_path):
     source = copy_of_sources(repo_root, tmp_path / "source")
     target = tmp_path / "target"
