@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from bench.folders import as_json, replace_folder
 from bench.measure import MEASURED, NO_PEAK
 from bench.peers import DENSE, OURS, THREE_CONVS
 from bench.plot import figure
 from bench.roofline import roofline
-from tucker_ops.errors import OutputExistsError, OutputWriteError
+from tucker_ops.errors import OutputExistsError
 
 Row = dict[str, object]
 
@@ -91,11 +89,6 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """A JSON list with one row a line, so that a change of one row is a change of one line."""
-    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
 def write(rows: Sequence[Row], destination: Path, *, force: bool = True, ratios: bool = True) -> None:
     """Write the files into `destination`, which appears whole or not at all.
 
@@ -105,27 +98,16 @@ def write(rows: Sequence[Row], destination: Path, *, force: bool = True, ratios:
     """
     destination = Path(os.path.abspath(destination))
     check_replaceable(destination, force=force)
-    temporary = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        temporary.chmod(0o755)
-        (temporary / JSON_NAME).write_text(as_json(rows), encoding="utf-8")
-        (temporary / TABLE_NAME).write_text(markdown(rows), encoding="utf-8")
+
+    def fill(folder: Path) -> None:
+        (folder / JSON_NAME).write_text(as_json(rows), encoding="utf-8")
+        (folder / TABLE_NAME).write_text(markdown(rows), encoding="utf-8")
         if ratios:
-            figure(rows).savefig(temporary / PLOT_NAME, dpi=150)
+            figure(rows).savefig(folder / PLOT_NAME, dpi=150)
         if any(row.get("floor_ms") for row in rows):
-            roofline(rows).savefig(temporary / ROOFLINE_NAME, dpi=150)
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.rename(temporary, destination)
-    except OSError as error:
-        raise OutputWriteError(
-            f"{destination} cannot be written ({error.strerror or error}); choose another output"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            roofline(rows).savefig(folder / ROOFLINE_NAME, dpi=150)
+
+    replace_folder(destination, fill)
 
 
 def check_replaceable(destination: Path, *, force: bool) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.folders import as_json, replace_folder
 from bench.gpu.clock import IN_A_ROW
 from bench.measure import MEASURED
-from tucker_ops.errors import OutputExistsError, OutputWriteError
+from tucker_ops.errors import OutputExistsError
 
 Row = dict[str, object]
 
@@ -147,11 +145,6 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """A JSON list with one row a line. Not bench.output's: that needs matplotlib for its pictures."""
-    return "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
-
-
 def write(rows: Sequence[Row], destination: Path) -> None:
     """Writes both files into `destination`, which appears whole or not at all and replaces earlier results only."""
     destination = Path(os.path.abspath(destination))
@@ -161,23 +154,12 @@ def write(rows: Sequence[Row], destination: Path) -> None:
             raise OutputExistsError(
                 f"{destination} holds more than earlier results and is not replaced; choose another output"
             )
-    temporary = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        temporary.chmod(0o755)
-        (temporary / JSON_NAME).write_text(as_json(rows), encoding="utf-8")
-        (temporary / TABLE_NAME).write_text(markdown(rows), encoding="utf-8")
-        if destination.exists():
-            shutil.rmtree(destination)
-        os.rename(temporary, destination)
-    except OSError as error:
-        raise OutputWriteError(
-            f"{destination} cannot be written ({error.strerror or error}); choose another output"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+
+    def fill(folder: Path) -> None:
+        (folder / JSON_NAME).write_text(as_json(rows), encoding="utf-8")
+        (folder / TABLE_NAME).write_text(markdown(rows), encoding="utf-8")
+
+    replace_folder(destination, fill)
 
 
 def _summary_line(row: Row) -> tuple[str, ...]:
