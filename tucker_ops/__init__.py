@@ -14,9 +14,11 @@ __version__ = "0.1.0"
 # The rest is imported at first use, so that `import tucker_ops` needs torch alone and stays quick.
 _LAZY = {
     "nn": ("tucker_ops.nn", None),
+    "Calibration": ("tucker_ops.convert", "Calibration"),
     "CompressionConfig": ("tucker_ops.convert", "CompressionConfig"),
     "Plan": ("tucker_ops.convert", "Plan"),
     "plan": ("tucker_ops.convert", "plan"),
+    "calibrate": ("tucker_ops.convert", "calibrate"),
     "apply": ("tucker_ops.convert", "apply"),
     "compress": ("tucker_ops.convert", "compress"),
     "fuse": ("tucker_ops.fused", "fuse"),

@@ -29,6 +29,11 @@ app = typer.Typer(
 )
 
 
+class Policy(str, Enum):
+    default = "default"
+    weber2024 = "weber2024"
+
+
 class StoredDtype(str, Enum):
     source = "source"
     float32 = "float32"
@@ -103,6 +108,28 @@ def compress(
     ] = None,
     min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
     align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            "--policy",
+            help="weber2024: the published rule, every convolution at --factor, for comparison.",
+        ),
+    ] = Policy.default,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate",
+            help="Folder of a few unlabelled images (or cases that nnU-Net preprocessed) by which to judge what "
+            "matters; alone, it means --params 0.3. Takes minutes and loses far less.",
+        ),
+    ] = None,
+    calibrate_case: Annotated[
+        list[str] | None,
+        typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it [default: all]."),
+    ] = None,
+    calibrate_patches: Annotated[
+        int, typer.Option("--calibrate-patches", help="Random patches to calibrate on.")
+    ] = 16,
     fold: FoldOption = None,
     checkpoint: CheckpointOption = "checkpoint_final.pth",
     dtype: Annotated[
@@ -123,34 +150,60 @@ def compress(
     SOURCE may also be a folder of several models, as TotalSegmentator keeps them; their names survive.
 
     Example: tucker-ops compress nnUNet_results/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres
-    -o hippocampus_half --factor 0.5
+    -o hippocampus_small --calibrate imagesTr --params 0.12
     """
     import torch
 
     from tucker_ops.convert import CompressionConfig
+    from tucker_ops.nnunet.calibration import CalibrationSet
     from tucker_ops.nnunet.compress import compress_tree, plan_folder
     from tucker_ops.nnunet.folder import find_model_folders
     from tucker_ops.nnunet.tables import plan_table, summary_table
 
     budget = {"factor": factor, "energy": energy, "params": params, "macs": macs}
-    budget = {name: value for name, value in budget.items() if value is not None} or {"factor": 0.5}
-    config = CompressionConfig(
-        **budget,
-        min_rank=min_rank,
-        align=align,
-        skip_transposed=skip_transposed,
-        only_if_cheaper=not keep_expensive,
-    )
+    budget = {name: value for name, value in budget.items() if value is not None}
+    if policy is Policy.weber2024:
+        if (
+            set(budget) - {"factor"}
+            or calibrate
+            or (min_rank, align) != (8, 8)
+            or skip_transposed
+            or keep_expensive
+        ):
+            raise ConfigError(
+                "--policy weber2024 fixes every choice but --factor; leave out the other options"
+            )
+        config = CompressionConfig.weber2024(budget.get("factor", 0.5))
+    else:
+        config = CompressionConfig(
+            **(budget or ({"params": 0.3} if calibrate else {"factor": 0.5})),
+            min_rank=min_rank,
+            align=align,
+            skip_transposed=skip_transposed,
+            only_if_cheaper=not keep_expensive,
+        )
+    images = None
+    if calibrate is not None:
+        cases = tuple(calibrate_case) if calibrate_case else None
+        images = CalibrationSet(calibrate, cases=cases, patches=calibrate_patches)
+    elif calibrate_case:
+        raise ConfigError(
+            "--calibrate-case names cases of --calibrate, which is missing; give the folder of images"
+        )
     if dry_run:
         for model in find_model_folders(source) or [source]:
-            plan = plan_folder(model, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
+            with case_progress("Planning") as progress:
+                plan = plan_folder(
+                    model, config, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint,
+                    calibrate=images, progress=progress,
+                )  # fmt: skip
             console().print(f"[bold]{model}[/bold]", plan_table(plan), sep="\n")
         return
     with case_progress("Compressing") as progress:
         manifests = compress_tree(
             source, output, config, folds=fold, checkpoint=checkpoint,
             dtype=None if dtype is StoredDtype.source else getattr(torch, dtype.value),
-            force=force, trust=trust_checkpoint, progress=progress,
+            calibrate=images, force=force, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     for path, manifest in manifests.items():
         console().print(plan_table(manifest.plan, manifest.mean_errors()))

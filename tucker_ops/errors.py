@@ -33,6 +33,14 @@ class ConfigError(TuckerOpsError, ValueError):
     """A configuration value outside its range, or a budget that cannot be met."""
 
 
+class CalibrationError(TuckerOpsError, ValueError):
+    """Calibration inputs that the model does not take, or from which nothing can be learnt."""
+
+
+class AccuracyError(TuckerOpsError, ValueError):
+    """A compressed model that loses more accuracy than was allowed."""
+
+
 class ConversionError(TuckerOpsError, ValueError):
     """A plan that does not fit the model it is applied to, or a layer that cannot be factorised."""
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tucker_ops.convert import rules
+from tucker_ops.convert.calibrate import Calibration
 from tucker_ops.convert.config import CompressionConfig
 from tucker_ops.convert.modules import all_names, convolutions, describe, slots
 from tucker_ops.convert.plan import Plan, plan
 from tucker_ops.convert.trace import trace
-from tucker_ops.decompose import decompose
+from tucker_ops.decompose import Weighting, decompose
 from tucker_ops.errors import ConversionError, TuckerOpsError
 from tucker_ops.nn import spec_of, tucker_class, tucker_module
 
@@ -25,13 +26,17 @@ def compress(
     config: CompressionConfig | None = None,
     *,
     input_shape: Sequence[int] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """`plan` and `apply` in one: factorises `model` in place and returns it. Raises as those two do."""
-    return apply(model, plan(model, config, input_shape=input_shape), progress=progress)
+    made = plan(model, config, input_shape=input_shape, calibration=calibration)
+    return apply(model, made, calibration=calibration, progress=progress)
 
 
-def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> nn.Module:
+def apply(
+    model: nn.Module, plan: Plan, *, calibration: Calibration | None = None, progress: Progress | None = None
+) -> nn.Module:
     """Factorise the layers that `plan` gives ranks to, in place, and return the model.
 
     A convolution registered under several names is decomposed once and replaced in every place. dtype,
@@ -40,25 +45,29 @@ def apply(model: nn.Module, plan: Plan, *, progress: Progress | None = None) -> 
 
     Args:
         model: the model the plan was made for, or another of the same structure, such as another fold.
+        calibration: of this very model, if the plan was made with one: kernels are truncated in its metric.
         progress: called as progress(done, total, name) after each layer.
 
     Raises ConversionError, and leaves the model as it was, if the plan does not fit, factorises nothing,
     holds layers that cannot be replaced here, or if the converted model would not run as the dense one did.
     """
-    return apply_with_report(model, plan, progress=progress)[0]
+    return apply_with_report(model, plan, calibration=calibration, progress=progress)[0]
 
 
 def apply_with_report(
-    model: nn.Module, plan: Plan, *, progress: Progress | None = None
+    model: nn.Module, plan: Plan, *, calibration: Calibration | None = None, progress: Progress | None = None
 ) -> tuple[nn.Module, dict[str, float]]:
     """As `apply`; also returns the relative error ||W - Ŵ|| / ||W|| that each factorised layer came to."""
     convs = _check(model, plan)
+    weightings = _weightings(plan, calibration)
     replacements: dict[int, nn.Module] = {}
     errors: dict[str, float] = {}
     for done, (name, ranks) in enumerate(plan.ranks.items(), start=1):
         conv = convs[name]
         try:
-            factors = decompose(conv.weight, ranks, transposed=conv.transposed)
+            factors = decompose(
+                conv.weight, ranks, transposed=conv.transposed, weighting=weightings.get(name)
+            )
             replacements[id(conv)] = tucker_class(spec_of(conv)).from_conv(conv, ranks, factors)
         except TuckerOpsError as error:
             raise type(error)(f"{name or type(conv).__name__}: {error}") from error
@@ -167,6 +176,22 @@ def _check(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             + ("; ..." if len(reasons) > 3 else "")
         )
     return convs
+
+
+def _weightings(plan: Plan, calibration: Calibration | None) -> Mapping[str, Weighting]:
+    if calibration is None:
+        if plan.calibration is not None:
+            raise ConversionError(
+                "the plan's ranks were chosen with a calibration, without which the same ranks lose far more; pass "
+                "apply(..., calibration=...) one of this model"
+            )
+        return {}
+    absent = [name for name in plan.ranks if name not in calibration.weightings]
+    if absent:
+        raise ConversionError(
+            f"the calibration knows nothing of {absent[0]!r}; calibrate this very model and pass that"
+        )
+    return calibration.weightings
 
 
 def _rebind(model: nn.Module, replacements: Mapping[int, nn.Module]) -> tuple[nn.Module, Callable[[], None]]:

@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tucker_ops.convert import rules
+from tucker_ops.convert.calibrate import Calibration
 from tucker_ops.convert.config import CompressionConfig, check_version
 from tucker_ops.convert.modules import all_names, convolutions, describe
 from tucker_ops.convert.policy import choose_ranks
 from tucker_ops.convert.trace import Trace, probe_and_trace, trace
 from tucker_ops.cost import Cost, Voxels, dense_cost, one_pass_cost, three_conv_cost
-from tucker_ops.decompose import Spectrum, spectrum
+from tucker_ops.decompose import Spectrum, Weighting, spectrum
 from tucker_ops.errors import ConfigError, ConversionError, TuckerOpsError
 from tucker_ops.types import ConvSpec
 
@@ -30,7 +31,9 @@ class LayerPlan:
     ``aliases`` are the further names of the same module. ``calls`` counts its runs in one forward pass.
     ``dense`` and ``tucker`` are costs of all its runs, batch of the plan's input included; bytes assume one
     pass (three convolutions where transposed). ``expected_error`` is ||W - Ŵ|| / ||W|| of the truncated
-    HOSVD, which `apply` improves on; None for dense layers and for weights on the meta device.
+    HOSVD, which `apply` improves on; None for dense layers and for weights on the meta device. ``expected_loss``
+    is what the layer's truncation costs, in nats per calibration input (see `tucker_ops.calibrate`); None
+    without a calibration.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LayerPlan:
     ranks: tuple[int, int] | None = None
     reason: str | None = None
     expected_error: float | None = None
+    expected_loss: float | None = None
 
     @property
     def cost(self) -> Cost:
@@ -55,7 +59,8 @@ class Plan:
 
     ``input_shape`` is the [N, C, *spatial] that the costs are for; None if no forward pass could be traced:
     then MACs and bytes are per output voxel. ``total_params`` counts the dense model's parameters;
-    ``norm_elements`` the elements that norms write in one pass.
+    ``norm_elements`` the elements that norms write in one pass. ``calibration`` is the digest of the calibration
+    that the ranks rest on, which `apply` then needs too.
     """
 
     config: CompressionConfig
@@ -64,6 +69,7 @@ class Plan:
     total_params: int
     norm_elements: int = 0
     notes: tuple[str, ...] = ()
+    calibration: str | None = None
 
     @property
     def ranks(self) -> dict[str, tuple[int, int]]:
@@ -93,6 +99,7 @@ class Plan:
             "total_params": self.total_params,
             "norm_elements": self.norm_elements,
             "notes": list(self.notes),
+            "calibration": self.calibration,
             "layers": [_as_lists(asdict(layer)) for layer in self.layers],
         }
 
@@ -128,7 +135,11 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, config: CompressionConfig | None = None, *, input_shape: Sequence[int] | None = None
+    model: nn.Module,
+    config: CompressionConfig | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Plan:
     """Decide what becomes of every convolution in `model`, which is not changed.
 
@@ -137,6 +148,8 @@ def plan(
         config: defaults to `CompressionConfig()`.
         input_shape: [N, C, *spatial] of one input. Costs are for it. Left out, a shape is guessed; and if the
             model cannot be run on a guess, layers are judged by structure alone and `Plan.notes` says so.
+        calibration: what matters to the model's output, from `tucker_ops.calibrate`. Kernels are then truncated in
+            its metric, and budgets spent where they lower the expected loss in nats most.
 
     One forward pass is traced on the meta device to learn which layers run, in what order and at what size;
     nothing is computed. Raises ConfigError for a budget that cannot be met, an unused `exclude` pattern, or
@@ -173,7 +186,12 @@ def plan(
             dense = Cost(params=dense_cost(spec, Voxels(0, 0)).params)
         layers[name] = LayerPlan(name, aliases, spec, use.calls, dense, reason=reason)
 
-    spectra = {name: _spectrum(name, convs[name]) for name, layer in layers.items() if layer.reason is None}
+    weightings = {} if calibration is None else _weightings(calibration, layers)
+    spectra = {
+        name: _spectrum(name, convs[name], weightings.get(name))
+        for name, layer in layers.items()
+        if layer.reason is None
+    }
     total_params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
     def tucker(name: str, ranks: tuple[int, int]) -> Cost:
@@ -192,7 +210,21 @@ def plan(
         total_params=total_params,
         norm_elements=0 if record is None else record.norm_elements,
         notes=tuple(notes),
+        calibration=None if calibration is None else calibration.digest,
     )
+
+
+def _weightings(calibration: Calibration, layers: Mapping[str, LayerPlan]) -> Mapping[str, Weighting]:
+    """The calibration's weightings, once it is sure that they are for these layers."""
+    absent = [
+        name for name, layer in layers.items() if layer.reason is None and name not in calibration.weightings
+    ]
+    if absent:
+        raise ConfigError(
+            f"the calibration knows nothing of {absent[0]!r}, whose ranks the plan must choose; it was made with "
+            f"another model (its layers are like {next(iter(calibration.weightings))!r}): calibrate this one"
+        )
+    return calibration.weightings
 
 
 def _check_patterns(config: CompressionConfig, names: Sequence[Sequence[str]]) -> None:
@@ -245,11 +277,11 @@ def _use(
     )
 
 
-def _spectrum(name: str, conv: nn.Module) -> Spectrum | None:
+def _spectrum(name: str, conv: nn.Module, weighting: Weighting | None) -> Spectrum | None:
     if conv.weight.is_meta:
         return None
     try:
-        return spectrum(conv.weight, transposed=conv.transposed)
+        return spectrum(conv.weight, transposed=conv.transposed, weighting=weighting)
     except TuckerOpsError as error:
         raise type(error)(f"{name or type(conv).__name__}: {error}") from None
 

@@ -60,7 +60,8 @@ def choose_ranks(
             continue
         values = spectra[name]
         error = None if values is None else values.relative_error(ranks)
-        result[name] = replace(layer, ranks=ranks, tucker=cost, expected_error=error)
+        loss = None if values is None or values.nats is None else values.nats * error**2
+        result[name] = replace(layer, ranks=ranks, tucker=cost, expected_error=error, expected_loss=loss)
     return result
 
 
@@ -120,15 +121,19 @@ def _options(
 ) -> tuple[list[Ranks | None], Options]:
     """Every pair of ranks the layer may take, and None for staying dense, with cost and error.
 
-    The error is -log of the share of the layer's energy that is kept. Shares, because a norm follows nearly
-    every convolution and takes its scale away; logarithms, because layers come one after the other, so that
-    shares multiply. A sum of relative errors would wipe out a large layer to spare many small ones.
+    With a calibration the error is the expected loss in nats, which adds up over layers. Without one it is -log of
+    the share of the layer's energy that is kept. Shares, because a norm follows nearly every convolution and takes
+    its scale away; logarithms, because layers come one after the other, so that shares multiply. A sum of
+    relative errors would wipe out a large layer to spare many small ones.
     """
     grids = [
         rank_grid(channels, min_rank=config.min_rank, align=config.align)
         for channels in (layer.spec.in_channels, layer.spec.out_channels)
     ]
-    lost = -(1 - values.squared_errors()).clamp(min=1e-12).log()
+    if values.nats is None:
+        lost = -(1 - values.squared_errors()).clamp(min=1e-12).log()
+    else:
+        lost = values.nats * values.squared_errors()
     pairs: list[Ranks | None] = []
     cost, error = [], []
     for ranks in product(*grids):

@@ -2,5 +2,6 @@
 
 from tucker_ops.decompose.factors import TuckerFactors, decompose
 from tucker_ops.decompose.spectrum import Spectrum, spectrum
+from tucker_ops.decompose.weighting import Weighting
 
-__all__ = ["Spectrum", "TuckerFactors", "decompose", "spectrum"]
+__all__ = ["Spectrum", "TuckerFactors", "Weighting", "decompose", "spectrum"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tucker_ops.decompose.kernel import as_out_in_taps
+from tucker_ops.decompose.weighting import Weighting, weighted_kernel
 from tucker_ops.errors import ConfigError, RankError
 
 
@@ -48,6 +49,7 @@ def decompose(
     ranks: tuple[int, int],
     *,
     transposed: bool = False,
+    weighting: Weighting | None = None,
     n_iter_max: int = 30,
     tol: float = 1e-4,
 ) -> TuckerFactors:
@@ -60,11 +62,12 @@ def decompose(
         weight: [C_out, C_in, *kernel] as in torch.nn.ConvNd, or [C_in, C_out, *kernel] if `transposed`;
             float16, bfloat16, float32 or float64, any device.
         ranks: (R_in, R_out), each between 1 and its number of channels.
+        weighting: minimise W - Ŵ in its metric instead of ||W - Ŵ||; the reported error stays the latter.
 
     Raises RankError, ShapeError, DtypeError or ConfigError for arguments out of range, ConversionError for a
     kernel with NaN or infinity in it.
     """
-    kernel = as_out_in_taps(weight, transposed)
+    kernel, roots = weighted_kernel(as_out_in_taps(weight, transposed), weighting)
     rank_in, rank_out = _checked(ranks, channels=(kernel.shape[1], kernel.shape[0]))
     if n_iter_max < 1 or not tol >= 0:
         raise ConfigError(f"n_iter_max must be at least 1 and tol at least 0, got {n_iter_max} and {tol}")
@@ -76,6 +79,8 @@ def decompose(
         # Brought to unit size, because squares of values near 1e-170 vanish even in float64.
         core, u_out, u_in = _hooi((kernel / scale).numpy(), (rank_out, rank_in), n_iter_max, tol)
         core = core * scale
+        if roots is not None:
+            core, u_out, u_in = roots.unweighted(core, u_out, u_in)
     core = core.transpose(0, 1) if transposed else core
     like = {"device": weight.device, "dtype": weight.dtype}
     factors = TuckerFactors(
@@ -87,6 +92,7 @@ def decompose(
     )
     if scale == 0:
         return factors
+    scale = float(weight.detach().abs().max())
     original = weight.detach().double() / scale
     error = torch.linalg.vector_norm(original - factors.dense() / scale) / torch.linalg.vector_norm(original)
     return TuckerFactors(factors.u_in, factors.core, factors.u_out, float(error), transposed)

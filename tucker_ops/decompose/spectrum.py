@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tucker_ops.decompose.kernel import as_out_in_taps
+from tucker_ops.decompose.weighting import Weighting, weighted_kernel
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,12 @@ class Spectrum:
 
     ``energy`` is [C_in, C_out], float64, both modes in order of falling singular value. Truncation at
     (R_in, R_out) keeps the leading block, and because all factors are orthonormal the squared error is
-    exactly the energy outside of it. HOOI only improves on that.
+    exactly the energy outside of it. HOOI only improves on that. Of a weighted kernel all errors are those in
+    the weighted norm, and ``nats`` is what losing the whole kernel would cost (see `Weighting`); else None.
     """
 
     energy: Tensor
+    nats: float | None = None
 
     def share_kept(self) -> tuple[Tensor, Tensor]:
         """Cumulative share of the squared singular values per mode: ([C_in], [C_out]), rising to 1."""
@@ -44,12 +47,13 @@ class Spectrum:
         return (lost / total) ** 0.5
 
 
-def spectrum(weight: Tensor, *, transposed: bool = False) -> Spectrum:
+def spectrum(weight: Tensor, *, transposed: bool = False, weighting: Weighting | None = None) -> Spectrum:
     """Spectrum of a kernel [C_out, C_in, *kernel], or [C_in, C_out, *kernel] if `transposed`.
 
-    Raises as `decompose` does for weights that cannot be decomposed.
+    Raises as `decompose` does for weights that cannot be decomposed, or a weighting of other channels.
     """
-    kernel = as_out_in_taps(weight, transposed)
+    kernel, roots = weighted_kernel(as_out_in_taps(weight, transposed), weighting)
+    nats = None if roots is None else float(roots.nats * kernel.square().sum())
     scale = kernel.abs().max()
     if scale > 0:
         kernel = kernel / scale
@@ -57,7 +61,7 @@ def spectrum(weight: Tensor, *, transposed: bool = False) -> Spectrum:
     u_in = _left_singular_vectors(kernel.transpose(0, 1).flatten(1))
     core = torch.einsum("oik,ir->rok", kernel, u_in)
     core = torch.einsum("rok,os->rsk", core, u_out)
-    return Spectrum(core.square().sum(-1))
+    return Spectrum(core.square().sum(-1), nats)
 
 
 def _left_singular_vectors(matrix: Tensor) -> Tensor:

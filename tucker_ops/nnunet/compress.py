@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tucker_ops import convert
-from tucker_ops.convert import CompressionConfig, Plan
+from tucker_ops.convert import Calibration, CompressionConfig, Plan
 from tucker_ops.cost import Cost
 from tucker_ops.errors import (
     ConfigError,
@@ -22,6 +22,7 @@ from tucker_ops.errors import (
     OutputExistsError,
     UnsupportedArchitectureError,
 )
+from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
@@ -63,11 +64,17 @@ def plan_folder(
     folds: Sequence[Fold] | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     trust: bool = False,
+    calibrate: CalibrationSet | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """What `compress_folder` would do, decided on the first fold and the patch size of the plans."""
     source = _read_source(src, folds, checkpoint, trust)
     first = source.select_folds(folds, checkpoint)[0]
-    return _plan(source, load_network(source, first, checkpoint, trust=trust), config)
+    network = load_network(source, first, checkpoint, trust=trust)
+    calibration = None
+    if calibrate is not None:
+        calibration = calibrate_network(network, source, calibrate, progress=progress)
+    return _plan(source, network, config, calibration)
 
 
 def compress_folder(
@@ -78,6 +85,7 @@ def compress_folder(
     folds: Sequence[Fold] | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     dtype: torch.dtype | None = None,
+    calibrate: CalibrationSet | Mapping[Fold, Calibration] | None = None,
     force: bool = False,
     trust: bool = False,
     progress: Progress | None = None,
@@ -85,13 +93,15 @@ def compress_folder(
     """Factorise the convolutions of a trained model and write a folder that stock nnU-Net predicts with.
 
     Ranks are chosen on the first fold and used for all, since plans.json holds one architecture. `dtype` is
-    that of the stored weights, by default the source's. `progress` is called with a label, the steps done,
-    and their number. The result is loaded by nnU-Net and its logits compared before `dst` appears; on any
-    error, or an interrupt, `dst` stays as it was.
+    that of the stored weights, by default the source's. `calibrate` are unlabelled images by which to judge what
+    matters (each fold's network for itself), or calibrations made before, by fold. `progress` is called with a
+    label, the steps done, and their number. The result is loaded by nnU-Net and its logits compared before
+    `dst` appears; on any error, or an interrupt, `dst` stays as it was.
 
     Raises ModelFolderError, CheckpointError, UnsupportedArchitectureError (also for a model that is
     compressed already), ConfigError, DtypeError, OutputExistsError (unless `force`), OutputWriteError, and
-    ConversionError where the written model does not compute what the one in memory does.
+    ConversionError where the written model does not compute what the one in memory does; with `calibrate` also
+    as `calibrate_network`.
     """
     src, dst = Path(src), Path(dst)
     check_apart(src, dst)
@@ -102,7 +112,7 @@ def compress_folder(
             f"weights cannot be stored as {dtype}; choose one of {', '.join(map(str, STORAGE_DTYPES))}"
         )
     with staged_folder(dst, replaceable=is_earlier_output, force=force) as stage:
-        return _Compression(source, config, checkpoint, dtype, trust, stage, progress).run(
+        return _Compression(source, config, checkpoint, dtype, calibrate, trust, stage, progress).run(
             source.select_folds(folds, checkpoint)
         )
 
@@ -170,10 +180,12 @@ class _Compression:
     config: CompressionConfig
     checkpoint: str
     dtype: torch.dtype | None
+    calibrate: CalibrationSet | Mapping[Fold, Calibration] | None
     trust: bool
     stage: Staging
     progress: Progress | None
     plan: Plan | None = None
+    calibration: dict[str, Any] | None = None
     architecture: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     expected: dict[Fold, torch.Tensor] = field(default_factory=dict)
@@ -203,6 +215,7 @@ class _Compression:
             tucker=tucker,
             verification=verification,
             versions=installed_versions(),
+            calibration=self.calibration,
         )
         self.stage.write(MANIFEST_NAME, manifest.to_json())
         self._report("", steps + 1, steps + 1)
@@ -217,14 +230,16 @@ class _Compression:
         trained = read_checkpoint(path, trust=self.trust)
         dtype = self.dtype = self.dtype or _stored_dtype(trained["network_weights"])
         network = _load_network(self.source, trained["network_weights"])
+        calibration = self._calibrate(network, fold)
         if self.plan is None:
             self._report("choosing ranks", 0, 1)
-            self.plan = _plan(self.source, network, self.config)
+            self.plan = _plan(self.source, network, self.config, calibration)
             self.architecture = tucker_architecture(self.source.architecture, self.plan.ranks)
         layers = len(self.plan.ranks)
         network, self.errors[str(fold)] = convert.apply_with_report(
             network,
             self.plan,
+            calibration=calibration,
             progress=lambda done, _, name: self._report(
                 f"fold {fold} {name}", number * layers + done, folds * layers + 1
             ),
@@ -241,6 +256,24 @@ class _Compression:
             _totals(self.plan.dense, trained["network_weights"], path),
             _totals(self.plan.compressed, weights, file),
         )
+
+    def _calibrate(self, network: nn.Module, fold: Fold) -> Calibration | None:
+        if self.calibrate is None:
+            return None
+        if isinstance(self.calibrate, CalibrationSet):
+            calibration = calibrate_network(network, self.source, self.calibrate, progress=self.progress)
+        elif fold in self.calibrate:
+            calibration = self.calibrate[fold]
+        else:
+            raise ConfigError(
+                f"no calibration of fold {fold} was given, only of {', '.join(map(str, self.calibrate))}"
+            )
+        if self.calibration is None:
+            self.calibration = {"source": calibration.source, "digests": {}}
+            if isinstance(self.calibrate, CalibrationSet):
+                self.calibration |= self.calibrate.describe()
+        self.calibration["digests"][str(fold)] = calibration.digest
+        return calibration
 
     def _write_descriptions(self) -> None:
         plans = with_architecture(self.source, self.architecture)
@@ -273,9 +306,11 @@ def _load_network(folder: ModelFolder, weights: Mapping[str, torch.Tensor]) -> n
     return network.eval()
 
 
-def _plan(source: ModelFolder, network: nn.Module, config: CompressionConfig) -> Plan:
+def _plan(
+    source: ModelFolder, network: nn.Module, config: CompressionConfig, calibration: Calibration | None = None
+) -> Plan:
     try:
-        plan = convert.plan(network, config, input_shape=input_shape(source))
+        plan = convert.plan(network, config, input_shape=input_shape(source), calibration=calibration)
     except ConversionError as error:
         if not isinstance(error.__cause__, Exception):
             raise

@@ -17,6 +17,8 @@ from tucker_ops.nnunet.folder import read_json
 
 MANIFEST_NAME = "tucker_ops_manifest.json"
 SCHEMA_VERSION = 1
+# Entries that manifests of this schema did not have from the start.
+ADDED = ("calibration",)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Manifest:
 
     ``source_sha256`` maps the source's checkpoints, relative to its folder, to their hashes;
     ``input_shape`` is [1, C, *patch], for which MACs are counted; ``dtype`` that of the stored weights;
-    ``verification`` names what of nnU-Net loaded the folder for the check of its logits.
+    ``verification`` names what of nnU-Net loaded the folder for the check of its logits; ``calibration`` what
+    ranks and factors were calibrated on, None if on nothing.
     """
 
     source: str
@@ -57,6 +60,7 @@ class Manifest:
     tucker: Totals
     verification: str
     versions: Mapping[str, str]
+    calibration: Mapping[str, Any] | None = None
 
     def mean_errors(self) -> dict[str, float]:
         """Achieved error of each factorised layer, averaged over the folds."""
@@ -80,6 +84,7 @@ class Manifest:
             "tucker": asdict(self.tucker),
             "verification": self.verification,
             "versions": dict(self.versions),
+            "calibration": None if self.calibration is None else dict(self.calibration),
         }
 
     @classmethod
@@ -91,11 +96,12 @@ class Manifest:
                 f"{SCHEMA_VERSION}; compress the model again"
             )
         try:
-            fields = {name: content[name] for name in cls.__dataclass_fields__}
+            fields = {name: content[name] for name in cls.__dataclass_fields__ if name not in ADDED}
         except KeyError as error:
             raise ModelFolderError(
                 f"the manifest lacks the entry {error}; compress the model again"
             ) from error
+        fields |= {name: content.get(name) for name in ADDED}
         fields["config"] = CompressionConfig.from_dict(fields["config"])
         fields["plan"] = Plan.from_dict(fields["plan"])
         try:

@@ -1,0 +1,208 @@
+"""Calibration of a trained nnU-Net on unlabelled images, through nnU-Net's own reading and preprocessing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tucker_ops import convert
+from tucker_ops.convert import Calibration
+from tucker_ops.errors import CalibrationError, ConfigError, ImageError
+from tucker_ops.nnunet.folder import ModelFolder
+from tucker_ops.nnunet.images import find_cases
+
+Progress = Callable[[str, int, int], None]
+
+# What one backward pass holds in memory grows with the patch: a 5-stage U-Net of 32 features takes 2 GB at 64³.
+LARGEST_PATCH = 64**3
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Which images to calibrate on, and how much of them.
+
+    Args:
+        folder: images named CASE_0000 as for prediction, or cases that nnU-Net preprocessed for this configuration.
+        cases: names of those to use; all by default.
+        patches: random patches, dealt out evenly among the cases, at least one each.
+        labels: draws of labels per patch.
+        seed: of patches and labels.
+        region: (start, stop) per axis of the preprocessed volume, to which patches are confined; for studies.
+
+    Raises ConfigError for numbers out of range.
+    """
+
+    folder: Path
+    cases: tuple[str, ...] | None = None
+    patches: int = 16
+    labels: int = 2
+    seed: int = 0
+    region: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self):
+        for name in ("patches", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready, without the folder's path."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+def calibrate_network(
+    network: nn.Module, source: ModelFolder, data: CalibrationSet, *, progress: Progress | None = None
+) -> Calibration:
+    """`tucker_ops.calibrate` on random patches of `data`, preprocessed as nnU-Net does for this model.
+
+    Patches have the extents of the plans, at most `LARGEST_PATCH` voxels. Raises CalibrationError for images
+    that hold NaN or one value only, or that the model learns nothing from; ConfigError for the second stage
+    of a cascade or a case that is not there; ImageError, ShapeError and ModelFolderError for unreadable or
+    wrongly named images.
+    """
+    if source.previous_stage is not None:
+        raise ConfigError(
+            f"{source.path} is the second stage of a cascade, which also reads segmentations of "
+            f"{source.previous_stage}; calibrate the stages before, and compress this one without calibration"
+        )
+    volumes = _Volumes(source, data)
+    size = patch_extents(source)
+    share = math.ceil(max(data.patches, len(volumes)) / len(volumes))
+    total = share * len(volumes)
+    generator = torch.Generator().manual_seed(data.seed)
+
+    def patches() -> Iterator[Tensor]:
+        done = 0
+        for name in volumes:
+            volume = volumes.read(name)
+            for _ in range(share):
+                yield _random_patch(volume, size, generator)[None]
+                done += 1
+                if progress is not None:
+                    progress(f"calibrating on {name}", done, total)
+
+    return convert.calibrate(
+        network,
+        patches(),
+        labels_per_input=data.labels,
+        likelihood="sigmoid" if _has_regions(source) else "softmax",
+        seed=data.seed,
+        source=f"{total} patches of {'×'.join(map(str, size))} from {len(volumes)} cases, {data.labels} draws of "
+        f"labels each, seed {data.seed}",
+    )
+
+
+def patch_extents(source: ModelFolder) -> tuple[int, ...]:
+    """The patch of the plans, its longest axes shortened by whole steps of the network to `LARGEST_PATCH` voxels."""
+    strides = source.architecture["arch_kwargs"]["strides"]
+    steps = [math.prod(per_axis) for per_axis in zip(*strides, strict=True)]
+    size = list(source.patch_size)
+    while math.prod(size) > LARGEST_PATCH:
+        able = [axis for axis, (n, step) in enumerate(zip(size, steps, strict=True)) if n > 2 * step]
+        if not able:
+            break
+        longest = max(able, key=lambda axis: size[axis])
+        size[longest] -= steps[longest]
+    return tuple(size)
+
+
+class _Volumes:
+    """Preprocessed volumes [C, *spatial] of a folder, by case."""
+
+    def __init__(self, source: ModelFolder, data: CalibrationSet):
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        self._source, self._data = source, data
+        self._manager = PlansManager(dict(source.plans))
+        self._configuration = self._manager.get_configuration(source.configuration)
+        folder = Path(data.folder)
+        self._preprocessed = folder.is_dir() and any(folder.glob("*.pkl"))
+        if self._preprocessed:
+            self._files: Mapping[str, list[Path]] = {p.stem: [p] for p in sorted(folder.glob("*.pkl"))}
+        else:
+            self._files = find_cases(folder, source.dataset_json["file_ending"], source.input_channels)
+        if data.cases is not None:
+            absent = [name for name in data.cases if name not in self._files]
+            if absent or not data.cases:
+                there = ", ".join(list(self._files)[:5])
+                raise ConfigError(
+                    f"{folder} has no case {absent[0] if absent else '(none was named)'}; it holds {there}"
+                )
+            self._files = {name: self._files[name] for name in data.cases}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def read(self, name: str) -> Tensor:
+        files = self._files[name]
+        data = self._load(name) if self._preprocessed else self._preprocess(name, files)
+        volume = torch.from_numpy(np.ascontiguousarray(data)).float()
+        if len(volume) != self._source.input_channels:
+            raise CalibrationError(
+                f"calibration case {name} has {len(volume)} channels, the model takes {self._source.input_channels}; "
+                "calibrate with images of the channels that it was trained on"
+            )
+        if self._data.region is not None:
+            volume = volume[(slice(None), *(slice(*bounds) for bounds in self._data.region))]
+        bad = int((~torch.isfinite(volume)).sum())
+        if bad:
+            raise CalibrationError(
+                f"calibration case {name} holds {bad} NaN or infinite values of {volume.numel()} after preprocessing; "
+                "repair the image or leave it out"
+            )
+        if volume.numel() == 0 or bool((volume == volume.flatten()[0]).all()):
+            raise CalibrationError(
+                f"calibration case {name} ({'×'.join(map(str, volume.shape[1:]))} voxels after preprocessing) holds a "
+                "single value, from which nothing can be learnt; leave it out"
+            )
+        return volume
+
+    def _load(self, name: str) -> np.ndarray:
+        from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+        folder = str(self._data.folder)
+        return infer_dataset_class(folder)(folder, identifiers=[name]).load_case(name)[0][:]
+
+    def _preprocess(self, name: str, files: Sequence[Path]) -> np.ndarray:
+        preprocessor = self._configuration.preprocessor_class(verbose=False)
+        content = dict(self._source.dataset_json)
+        names = [str(file) for file in files]
+        try:
+            # A volume of one value divides by its deviation of zero; what comes of it is checked afterwards.
+            with np.errstate(all="ignore"):
+                return preprocessor.run_case(names, None, self._manager, self._configuration, content)[0]
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+            raise ImageError(
+                f"calibration case {name} cannot be read or preprocessed ({reason}); check {', '.join(names)}"
+            ) from error
+
+
+def _random_patch(volume: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    """[C, *size] from anywhere in the volume; zeros, as in training, around volumes that are smaller."""
+    pad = []
+    for have, want in zip(reversed(volume.shape[1:]), reversed(size), strict=True):
+        missing = max(0, want - have)
+        pad += [missing // 2, missing - missing // 2]
+    volume = nn.functional.pad(volume, pad)
+    corner = [
+        int(torch.randint(have - want + 1, (), generator=generator))
+        for have, want in zip(volume.shape[1:], size, strict=True)
+    ]
+    return volume[(slice(None), *(slice(c, c + n) for c, n in zip(corner, size, strict=True)))].contiguous()
+
+
+def _has_regions(source: ModelFolder) -> bool:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    return PlansManager(dict(source.plans)).get_label_manager(dict(source.dataset_json)).has_regions
