@@ -8,13 +8,17 @@ PEERS := $(VENV)/.peers
 DIST := dist
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test bench bench-cpu bench-cpu-full lint sanitize emulate gpu gpu-build gpu-test gpu-bench wheel clean
+.PHONY: demo test accuracy bench bench-cpu bench-cpu-full lint sanitize emulate gpu gpu-build gpu-test gpu-bench wheel clean
 
 demo: $(READY)
 	$(BIN)/tucker-ops demo -o demo_out
 
 test: $(READY)
 	$(BIN)/python -m pytest -q tests
+
+# Needs the trained models and volumes that bench/README.md lists, in ../shared or ACCURACY="--sources FOLDER".
+accuracy: $(READY)
+	$(BIN)/python -m bench.accuracy $(ACCURACY)
 
 bench: $(READY)
 	$(BIN)/python -m bench

@@ -1,4 +1,4 @@
-"""The command line: ``tucker-ops compress | predict | evaluate | report | explain | bench | tune | demo``.
+"""The command line: ``tucker-ops compress | finetune | sweep | predict | evaluate | report | explain | ...``.
 
 Heavy imports live inside the commands, so that ``tucker-ops --help`` answers at once.
 """
@@ -19,6 +19,8 @@ from tucker_ops.errors import ConfigError, TuckerOpsError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from tucker_ops.nnunet.compare import Gate
 
 app = typer.Typer(
     name="tucker-ops",
@@ -57,6 +59,39 @@ TrustOption = Annotated[
         "--trust-checkpoint", help="Read a checkpoint by pickle, which can run code, if it needs that."
     ),
 ]
+
+
+MaxDropOption = Annotated[
+    float | None, typer.Option("--max-drop", help="Mean Dice over classes that may be lost [default: 0.01].")
+]
+MaxClassDropOption = Annotated[
+    float | None, typer.Option("--max-class-drop", help="Dice that any one class may lose [default: 0.03].")
+]
+
+
+def _gate(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
+    """The gate that either option asks for, None where neither does."""
+    from tucker_ops.nnunet.compare import Gate
+
+    given = {"max_drop": max_drop, "max_class_drop": max_class_drop}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Gate(**given) if given else None
+
+
+def _extents(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--patch {text!r} given; it is whole numbers with commas between, as 64,64,64"
+        ) from None
+
+
+def _millimetres(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"--surface {text!r} given; it is a number of millimetres, voxel or none") from None
 
 
 def console(stderr: bool = False) -> Console:
@@ -130,6 +165,24 @@ def compress(
     calibrate_patches: Annotated[
         int, typer.Option("--calibrate-patches", help="Random patches to calibrate on.")
     ] = 16,
+    check_images: Annotated[
+        Path | None,
+        typer.Option("--check-images", help="Images to predict with both models before anything is written."),
+    ] = None,
+    check_labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--check-labels", help="Their labels; without, what counts is agreement with the dense model."
+        ),
+    ] = None,
+    max_drop: MaxDropOption = None,
+    max_class_drop: MaxClassDropOption = None,
+    mark: Annotated[
+        bool,
+        typer.Option(
+            "--mark", help="Write a model that loses more, marked so in its manifest, all the same."
+        ),
+    ] = False,
     fold: FoldOption = None,
     checkpoint: CheckpointOption = "checkpoint_final.pth",
     dtype: Annotated[
@@ -156,6 +209,7 @@ def compress(
 
     from tucker_ops.convert import CompressionConfig
     from tucker_ops.nnunet.calibration import CalibrationSet
+    from tucker_ops.nnunet.check import AccuracyCheck
     from tucker_ops.nnunet.compress import compress_tree, plan_folder
     from tucker_ops.nnunet.folder import find_model_folders
     from tucker_ops.nnunet.tables import plan_table, summary_table
@@ -190,6 +244,16 @@ def compress(
         raise ConfigError(
             "--calibrate-case names cases of --calibrate, which is missing; give the folder of images"
         )
+    gate = _gate(max_drop, max_class_drop)
+    check = None
+    if check_images is not None:
+        from tucker_ops.nnunet.compare import Gate
+
+        check = AccuracyCheck(check_images, check_labels, gate or Gate(), mark=mark)
+    elif gate is not None or check_labels is not None or mark:
+        raise ConfigError(
+            "--max-drop, --max-class-drop, --check-labels and --mark need images; give --check-images"
+        )
     if dry_run:
         for model in find_model_folders(source) or [source]:
             with case_progress("Planning") as progress:
@@ -203,11 +267,13 @@ def compress(
         manifests = compress_tree(
             source, output, config, folds=fold, checkpoint=checkpoint,
             dtype=None if dtype is StoredDtype.source else getattr(torch, dtype.value),
-            calibrate=images, force=force, trust=trust_checkpoint, progress=progress,
+            calibrate=images, check=check, force=force, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     for path, manifest in manifests.items():
         console().print(plan_table(manifest.plan, manifest.mean_errors()))
         console().print(summary_table(manifest))
+        for failure in (manifest.check or {}).get("failures", ()):
+            console().print(f"[red]Marked:[/red] {failure}", soft_wrap=True)
         console().print(
             f"Written to {path}; nnU-Net predicts with it as with any other model folder.", soft_wrap=True
         )
@@ -304,36 +370,158 @@ def evaluate(
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="Let labels without a prediction pass.")
     ] = False,
+    surface: Annotated[
+        str,
+        typer.Option(
+            "--surface",
+            help="Tolerance of the surface Dice in mm; voxel: the largest spacing; none: leave it out.",
+        ),
+    ] = "voxel",
+    max_drop: MaxDropOption = None,
+    max_class_drop: MaxClassDropOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures to this file, too.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --json.")] = False,
 ) -> None:
-    """Dice per class and case, counted by nnU-Net's own code.
+    """Dice (counted by nnU-Net's own code) and surface Dice per class and case.
 
-    A class that a case lacks in both segmentations has no Dice there and does not count in the means.
+    With --dense also what was lost against the dense model, class by class, with 95 % intervals and p-values
+    corrected for the number of classes; --max-drop and --max-class-drop then decide on the exit code: 1 where more
+    was lost. A class that a case lacks in both segmentations does not count in the means.
 
-    Example: tucker-ops evaluate -p segmentations -r labelsTs --dense segmentations_dense
+    Example: tucker-ops evaluate -p segmentations -r labelsTs --dense segmentations_dense --max-drop 0.01
     """
+    from tucker_ops.nnunet.compare import compare
     from tucker_ops.nnunet.evaluate import evaluate_folder, write_json
     from tucker_ops.nnunet.output import check_file
-    from tucker_ops.nnunet.report.tables import case_table, evaluation_table
+    from tucker_ops.nnunet.report.tables import case_table, comparison_of_classes, evaluation_table
+
+    gate = _gate(max_drop, max_class_drop)
+    if gate is not None and dense is None:
+        raise ConfigError(
+            "--max-drop and --max-class-drop compare with the dense model; give its output with --dense"
+        )
+    tolerance = None if surface == "none" else surface if surface == "voxel" else _millimetres(surface)
 
     if json_file is not None:
         check_file(json_file, force=force)
+    options = {"dataset_json": dataset_json, "allow_missing": allow_missing, "nsd_tolerance": tolerance}
     evaluations = {}
     for name, folder in {"labels": reference, "dense": dense}.items():
         if folder is None:
             continue
         with case_progress(f"Comparing with {name}") as progress:
-            evaluations[name] = evaluate_folder(
-                prediction, folder, dataset_json=dataset_json, allow_missing=allow_missing, progress=progress
-            )
+            evaluations[name] = evaluate_folder(prediction, folder, progress=progress, **options)
     for name, evaluation in evaluations.items():
         console().print(case_table(evaluation, f"Dice against {name}", most_columns=8).rich())
     console().print(evaluation_table({f"against {name}": e for name, e in evaluations.items()}).rich())
+    results = dict(evaluations)
+    if dense is not None:
+        with case_progress("Comparing the dense model with labels") as progress:
+            of_dense = evaluate_folder(
+                dense, reference, progress=progress, **options | {"nsd_tolerance": None}
+            )
+        results["comparison"] = compare(of_dense, evaluations["labels"])
+        console().print(comparison_of_classes(results["comparison"]).rich())
     if json_file is not None:
-        write_json(evaluations, json_file, force=force)
+        write_json(results, json_file, force=force)
+    failures = [] if gate is None else gate.failures(results["comparison"])
+    for failure in failures:
+        console(stderr=True).print(f"[red]Too much is lost:[/red] {failure}", soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def finetune(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fine-tuned model.")],
+    teacher: Annotated[
+        Path | None, typer.Option("--teacher", help="The dense model, to distil from. Strongly advised.")
+    ] = None,
+    preprocessed: Annotated[
+        Path | None,
+        typer.Option("--preprocessed", help="nnUNet_preprocessed/DatasetNNN_Name, where nnU-Net trained."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Or images, named as for prediction; preprocessed first.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", help="Labels of --images; without, the teacher's own output stands for them."
+        ),
+    ] = None,
+    splits: Annotated[
+        Path | None,
+        typer.Option("--splits", help="splits_final.json: train on the fold's training cases only."),
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Train on this case only; repeat it.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of the optimizer.")] = 300,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="The schedule's peak.")] = 3e-4,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Of all processes together [default: the plans'].")
+    ] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            "--distill", help="Weight of the distance to the teacher's output [default: 1 with one]."
+        ),
+    ] = None,
+    supervise: Annotated[float, typer.Option("--supervise", help="Weight of nnU-Net's own loss.")] = 1.0,
+    features: Annotated[
+        float, typer.Option("--features", help="Weight of the distance to the teacher's encoder features.")
+    ] = 0.0,
+    patch: Annotated[
+        str | None,
+        typer.Option(
+            "--patch", help="Extents like 64,64,64 [default: the plans'], where memory or time is short."
+        ),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option("--precision", help="On the CPU: fp32, bf16, or auto, what the processor does well."),
+    ] = "auto",
+    processes: Annotated[
+        int, typer.Option("--processes", help="Of distributed training: GPUs, or parts of the CPU.")
+    ] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of sampling and augmentation.")] = 0,
+    fold: FoldOption = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    device: DeviceOption = "cpu",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget what an interrupted run left, instead of resuming it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier output.")] = False,
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Train a compressed model on with nnU-Net's trainer, taught by the dense model it was made from.
+
+    Interrupted, the same command goes on where it was; what it needs for that lies in OUTPUT.training until the end.
+
+    Example: tucker-ops finetune hippocampus_small -o hippocampus_tuned --teacher dense_model
+    --preprocessed nnUNet_preprocessed/Dataset004_Hippocampus --steps 300
+    """
+    from tucker_ops.nnunet.training import FinetuneSettings, TrainingSet, finetune_folder
+
+    settings = FinetuneSettings(
+        steps=steps, learning_rate=learning_rate, batch_size=batch_size, supervise=supervise, features=features,
+        distill=(1.0 if teacher is not None else 0.0) if distill is None else distill, precision=precision, seed=seed,
+        patch_size=None if patch is None else _extents(patch),
+    )  # fmt: skip
+    data = TrainingSet(preprocessed, images, labels, splits, tuple(case) if case else None)
+    with case_progress("Fine-tuning") as progress:
+        summary = finetune_folder(
+            model, output, data, settings, teacher=teacher, folds=fold, checkpoint=checkpoint, device=device,
+            processes=processes, force=force, restart=restart, trust=trust_checkpoint, progress=progress,
+        )  # fmt: skip
+    for number, names in summary.cases.items():
+        resumed = f", resumed at step {summary.resumed_at[number]}" if number in summary.resumed_at else ""
+        console().print(f"fold {number}: {summary.steps} steps on {len(names)} cases{resumed}")
+    console().print(f"Precision {summary.precision}. Written to {summary.output}", soft_wrap=True)
 
 
 @app.command()

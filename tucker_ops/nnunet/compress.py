@@ -23,6 +23,7 @@ from tucker_ops.errors import (
     UnsupportedArchitectureError,
 )
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
+from tucker_ops.nnunet.check import AccuracyCheck, check_model
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
@@ -86,6 +87,7 @@ def compress_folder(
     checkpoint: str = DEFAULT_CHECKPOINT,
     dtype: torch.dtype | None = None,
     calibrate: CalibrationSet | Mapping[Fold, Calibration] | None = None,
+    check: AccuracyCheck | None = None,
     force: bool = False,
     trust: bool = False,
     progress: Progress | None = None,
@@ -94,14 +96,14 @@ def compress_folder(
 
     Ranks are chosen on the first fold and used for all, since plans.json holds one architecture. `dtype` is
     that of the stored weights, by default the source's. `calibrate` are unlabelled images by which to judge what
-    matters (each fold's network for itself), or calibrations made before, by fold. `progress` is called with a
-    label, the steps done, and their number. The result is loaded by nnU-Net and its logits compared before
-    `dst` appears; on any error, or an interrupt, `dst` stays as it was.
+    matters (each fold's network for itself), or calibrations made before, by fold. `check` predicts images with
+    both models first. `progress` is called with a label, the steps done, and their number. The result is loaded
+    by nnU-Net and its logits compared before `dst` appears; on any error, or an interrupt, `dst` stays as it was.
 
     Raises ModelFolderError, CheckpointError, UnsupportedArchitectureError (also for a model that is
     compressed already), ConfigError, DtypeError, OutputExistsError (unless `force`), OutputWriteError, and
     ConversionError where the written model does not compute what the one in memory does; with `calibrate` also
-    as `calibrate_network`.
+    as `calibrate_network`, with `check` AccuracyError where too much is lost.
     """
     src, dst = Path(src), Path(dst)
     check_apart(src, dst)
@@ -112,7 +114,7 @@ def compress_folder(
             f"weights cannot be stored as {dtype}; choose one of {', '.join(map(str, STORAGE_DTYPES))}"
         )
     with staged_folder(dst, replaceable=is_earlier_output, force=force) as stage:
-        return _Compression(source, config, checkpoint, dtype, calibrate, trust, stage, progress).run(
+        return _Compression(source, config, checkpoint, dtype, calibrate, check, trust, stage, progress).run(
             source.select_folds(folds, checkpoint)
         )
 
@@ -181,6 +183,7 @@ class _Compression:
     checkpoint: str
     dtype: torch.dtype | None
     calibrate: CalibrationSet | Mapping[Fold, Calibration] | None
+    check: AccuracyCheck | None
     trust: bool
     stage: Staging
     progress: Progress | None
@@ -197,6 +200,12 @@ class _Compression:
         steps = len(folds) * len(self.plan.ranks)
         self._report("checking with nnU-Net", steps, steps + 1)
         verification = verify_folder(self.stage.path, self.expected, self.source, self.checkpoint)
+        checked = None
+        if self.check is not None:
+            checked = check_model(
+                self.check, self.source.path, self.stage.path, folds, self.checkpoint, trust=self.trust,
+                progress=self.progress,
+            )  # fmt: skip
         manifest = Manifest(
             source=self.source.path.resolve().name,
             source_sha256={
@@ -216,6 +225,7 @@ class _Compression:
             verification=verification,
             versions=installed_versions(),
             calibration=self.calibration,
+            check=checked,
         )
         self.stage.write(MANIFEST_NAME, manifest.to_json())
         self._report("", steps + 1, steps + 1)

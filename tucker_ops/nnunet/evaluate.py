@@ -1,16 +1,17 @@
-"""Dice of segmentations against labels, or against the output of another model."""
+"""Dice and surface Dice of segmentations against labels, or against the output of another model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tucker_ops.errors import SegmentationError
+from tucker_ops.errors import ConfigError, SegmentationError
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.segmentations import (
     Class,
@@ -25,6 +26,8 @@ from tucker_ops.nnunet.segmentations import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from tucker_ops.nnunet.compare import Comparison
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -33,8 +36,9 @@ class Evaluation:
     """Overlap of the segmentations in one folder with those in another.
 
     ``metrics`` has a row per (case, class) and nnU-Net's columns: Dice and IoU as fractions, FP, TP, FN, TN,
-    n_pred and n_ref in voxels. A class that a case lacks in both segmentations has no Dice there (NaN) and is
-    left out of every mean, as in nnU-Net's summary.json; one that only one of them lacks counts as 0.
+    n_pred and n_ref in voxels; with a tolerance also NSD. A class that a case lacks in both segmentations has no
+    Dice there (NaN) and is left out of every mean, as in nnU-Net's summary.json; one that only one of them lacks
+    counts as 0.
     """
 
     prediction: Path
@@ -53,6 +57,17 @@ class Evaluation:
         return self.per_case.mean()
 
     @property
+    def nsd_per_case(self) -> pd.DataFrame | None:
+        """As ``per_case``, normalised surface Dice; None where no tolerance was given."""
+        return self.metrics["NSD"].unstack("class")[list(self.classes)] if "NSD" in self.metrics else None
+
+    @property
+    def worst_class(self) -> tuple[str, float]:
+        """The class of the least mean Dice, and that; ("", NaN) where no class has one."""
+        values = self.per_class.dropna()
+        return (str(values.idxmin()), float(values.min())) if len(values) else ("", float("nan"))
+
+    @property
     def mean(self) -> float:
         """Mean of ``per_class`` without NaN.
 
@@ -62,17 +77,20 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; null where there is no Dice."""
-        return {
+        content = {
             "prediction": str(self.prediction),
             "reference": str(self.reference),
             "cases": len(self.per_case),
             "mean_dice": _number(self.mean),
+            "worst_class": self.worst_class[0],
             "dice_per_class": {name: _number(value) for name, value in self.per_class.items()},
-            "dice_per_case": {
-                case: {name: _number(value) for name, value in row.items()}
-                for case, row in self.per_case.iterrows()
-            },
+            "dice_per_case": _by_case(self.per_case),
         }
+        if self.nsd_per_case is not None:
+            nsd = self.nsd_per_case
+            content["nsd_per_class"] = {name: _number(value) for name, value in nsd.mean().items()}
+            content["nsd_per_case"] = _by_case(nsd)
+        return content
 
 
 def evaluate_folder(
@@ -81,6 +99,7 @@ def evaluate_folder(
     *,
     dataset_json: str | Path | None = None,
     allow_missing: bool = False,
+    nsd_tolerance: float | str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compare every segmentation in `prediction_dir` with the one of the same name in `reference_dir`.
@@ -88,11 +107,15 @@ def evaluate_folder(
     The counting is nnU-Net's own (``nnunetv2.evaluation``), so the figures are those of its summary.json.
     `dataset_json` names the classes; by default it is looked for in or above `prediction_dir`, where nnU-Net
     puts it when it predicts, then `reference_dir`. `allow_missing` lets references without a prediction pass.
+    `nsd_tolerance` in mm, or "voxel" for each volume's largest spacing, asks for the normalised surface Dice too: the
+    share of both surfaces that lies within that distance of the other (Nikolov et al. 2018, counted by MONAI).
     `progress` is called with the case, how many are done, and how many there are.
 
     Raises SegmentationError for missing or unreadable files, ShapeError where a pair differs in extent or
-    spacing, ModelFolderError for a bad dataset.json.
+    spacing, ModelFolderError for a bad dataset.json, ConfigError for a tolerance that is not above 0.
     """
+    if nsd_tolerance not in (None, "voxel") and (isinstance(nsd_tolerance, str) or not nsd_tolerance > 0):
+        raise ConfigError(f"nsd_tolerance must be millimetres above 0, or 'voxel', got {nsd_tolerance!r}")
     dataset = read_dataset(dataset_json or find_dataset_json(prediction_dir, reference_dir))
     predictions = find_segmentations(prediction_dir, dataset.file_ending)
     references = find_segmentations(reference_dir, dataset.file_ending)
@@ -102,7 +125,7 @@ def evaluate_folder(
     for done, (case, path) in enumerate(predictions.items()):
         if progress is not None:
             progress(case, done, len(predictions))
-        for name, values in _compare(path, references[case], dataset).items():
+        for name, values in _compare(path, references[case], dataset, nsd_tolerance).items():
             rows[case, name] = values
     if progress is not None:
         progress("", len(predictions), len(predictions))
@@ -119,7 +142,9 @@ class _Loaded:
         return self._volumes[path], {}
 
 
-def _compare(prediction: Path, reference: Path, dataset: Dataset) -> dict[str, dict[str, float]]:
+def _compare(
+    prediction: Path, reference: Path, dataset: Dataset, nsd_tolerance: float | str | None
+) -> dict[str, dict[str, float]]:
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
     reader = dataset.reader()
@@ -128,7 +153,46 @@ def _compare(prediction: Path, reference: Path, dataset: Dataset) -> dict[str, d
     loaded = _Loaded({"prediction": pair[0][0], "reference": pair[1][0]})
     classes = list(dataset.classes.values())
     result = compute_metrics("reference", "prediction", loaded, classes, dataset.ignore_label)
-    return {name: result["metrics"][key] for name, key in dataset.classes.items()}
+    metrics = {name: dict(result["metrics"][key]) for name, key in dataset.classes.items()}
+    if nsd_tolerance is not None:
+        spacing = pair[0][1]
+        tolerance = float(max(spacing)) if nsd_tolerance == "voxel" else float(nsd_tolerance)
+        a, b = pair[0][0][0], pair[1][0][0]
+        if dataset.ignore_label is not None:
+            a = np.where(b == dataset.ignore_label, 0, a)
+        for name, key in dataset.classes.items():
+            labels = key if isinstance(key, tuple) else (key,)
+            metrics[name]["NSD"] = surface_dice(np.isin(a, labels), np.isin(b, labels), spacing, tolerance)
+    return metrics
+
+
+def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
+    """Normalised surface Dice of two masks [*spatial] at `tolerance`, in the unit of `spacing`.
+
+    NaN where both are empty, 0 where one is.
+    """
+    import torch
+    from monai.metrics import compute_surface_dice
+
+    occupied = np.argwhere(a | b)
+    if not len(occupied):
+        return float("nan")
+    if not a.any() or not b.any():
+        return 0.0
+    # Nothing outside the box of both matters, and a whole CT costs a distance transform a class.
+    low, high = np.maximum(occupied.min(0) - 1, 0), occupied.max(0) + 2
+    box = tuple(slice(lo, hi) for lo, hi in zip(low, high, strict=True))
+    masks = [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (a, b)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        score = compute_surface_dice(
+            *masks,
+            [tolerance],
+            include_background=True,
+            spacing=list(map(float, spacing)),
+            use_subvoxels=a.ndim == 3,
+        )
+    return float(score)
 
 
 def _table(rows: Mapping[tuple[str, str], Mapping[str, float]]) -> pd.DataFrame:
@@ -167,7 +231,13 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def write_json(evaluations: Mapping[str, Evaluation], path: str | Path, *, force: bool = False) -> None:
-    """Write evaluations by name (``labels``, ``dense``) to a JSON file. Raises as `write_file`."""
+def _by_case(table: pd.DataFrame) -> dict[str, dict[str, float | None]]:
+    return {case: {name: _number(value) for name, value in row.items()} for case, row in table.iterrows()}
+
+
+def write_json(
+    evaluations: Mapping[str, Evaluation | Comparison], path: str | Path, *, force: bool = False
+) -> None:
+    """Write evaluations by name (``labels``, ``dense``, ``comparison``) to a JSON file. Raises as `write_file`."""
     content = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
     write_file(path, json.dumps(content, indent=1).encode(), force=force)

@@ -18,7 +18,7 @@ from tucker_ops.nnunet.folder import read_json
 MANIFEST_NAME = "tucker_ops_manifest.json"
 SCHEMA_VERSION = 1
 # Entries that manifests of this schema did not have from the start.
-ADDED = ("calibration",)
+ADDED = ("calibration", "check", "finetuning")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Manifest:
     ``source_sha256`` maps the source's checkpoints, relative to its folder, to their hashes;
     ``input_shape`` is [1, C, *patch], for which MACs are counted; ``dtype`` that of the stored weights;
     ``verification`` names what of nnU-Net loaded the folder for the check of its logits; ``calibration`` what
-    ranks and factors were calibrated on, None if on nothing.
+    ranks and factors were calibrated on, ``check`` what it lost on the images that it was checked with, and
+    ``finetuning`` how it was trained on; None if not.
     """
 
     source: str
@@ -61,6 +62,8 @@ class Manifest:
     verification: str
     versions: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
+    check: Mapping[str, Any] | None = None
+    finetuning: Mapping[str, Any] | None = None
 
     def mean_errors(self) -> dict[str, float]:
         """Achieved error of each factorised layer, averaged over the folds."""
@@ -84,7 +87,7 @@ class Manifest:
             "tucker": asdict(self.tucker),
             "verification": self.verification,
             "versions": dict(self.versions),
-            "calibration": None if self.calibration is None else dict(self.calibration),
+            **{name: getattr(self, name) for name in ADDED},
         }
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tucker_ops.nnunet.compare import Comparison
 from tucker_ops.nnunet.evaluate import Evaluation
 from tucker_ops.nnunet.report.layers import Layer
 
@@ -63,13 +64,40 @@ def comparison_table(title: str, models: Sequence[str], quantities: Sequence[Qua
 
 
 def evaluation_table(evaluations: Mapping[str, Evaluation]) -> TextTable:
-    """Mean Dice per class, a column per evaluation; the last row is the mean over the classes."""
+    """Mean Dice per class, a column per evaluation, and their mean; then surface Dice, where it was counted."""
     names = list(evaluations)
     classes = list(dict.fromkeys(c for e in evaluations.values() for c in e.classes))
     rows = [[c, *(_format(e.per_class.get(c), "{:.4f}") for e in evaluations.values())] for c in classes]
     rows.append(["mean", *(_format(e.mean, "{:.4f}") for e in evaluations.values())])
+    nsd = {name: e.nsd_per_case for name, e in evaluations.items()}
+    if all(table is not None for table in nsd.values()):
+        rows += [[f"{c}, surface", *(_format(t[c].mean(), "{:.4f}") for t in nsd.values())] for c in classes]
+        rows.append(["mean, surface", *(_format(t.mean().mean(), "{:.4f}") for t in nsd.values())])
     cases = len(next(iter(evaluations.values())).per_case)
     return TextTable(f"Dice, mean of {cases} cases", ["class", *names], rows)
+
+
+def comparison_of_classes(comparison: Comparison) -> TextTable:
+    """What compression costs each class, with intervals and corrected p-values; the last row is the mean."""
+    rows = [
+        [
+            str(name),
+            *(_format(row[key], "{:.4f}") for key in ("dense", "compressed", "drop")),
+            _interval(row["low"], row["high"]),
+            _format(row["p_holm"], "{:.2g}"),
+        ]
+        for name, row in comparison.classes.iterrows()
+    ]
+    means = (comparison.mean_dense, comparison.mean_compressed, comparison.mean_drop)
+    figures = [_format(value, "{:.4f}") for value in means]
+    rows.append(["mean", *figures, _interval(comparison.mean_low, comparison.mean_high), ""])
+    name, drop = comparison.worst_class
+    title = f"Dice lost against the dense model; most in {name}: {drop:.4f}"
+    return TextTable(title, ["class", "dense", "compressed", "drop", "95 % interval", "p (Holm)"], rows)
+
+
+def _interval(low: float, high: float) -> str:
+    return "–" if np.isnan(low) else f"{low:+.4f} to {high:+.4f}"
 
 
 def case_table(evaluation: Evaluation, title: str, *, most_columns: int | None = None) -> TextTable:

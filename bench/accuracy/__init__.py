@@ -1,0 +1,1 @@
+"""Accuracy of compressed models: the published policy and ours at the same numbers of parameters."""

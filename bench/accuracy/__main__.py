@@ -1,0 +1,67 @@
+"""`make accuracy`: the published policy and ours on real models and volumes. Interrupted, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.accuracy.output import markdown, plot
+from bench.accuracy.sources import Sources
+from bench.accuracy.study import Options, run, write_rows
+from bench.provenance import REPOSITORY, provenance
+from tucker_ops.errors import TuckerOpsError
+from tucker_ops.nnunet.output import write_file
+
+RESULTS = REPOSITORY / "bench" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
+    parser.add_argument(
+        "--sources", type=Path, default=REPOSITORY.parent / "shared", help="folder of models/ and data/"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=REPOSITORY / "build" / "accuracy", help="what is kept meanwhile"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=RESULTS / "latest_accuracy", help="folder of the results"
+    )
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Detected old nnU-Net plans format")
+    # Workers that augment beside the training process take its cores.
+    if (os.cpu_count() or 1) <= 4:
+        os.environ.setdefault("nnUNet_n_proc_DA", "0")
+    start = time.perf_counter()
+
+    def log(text: str) -> None:
+        print(f"{(time.perf_counter() - start) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
+
+    options = Options()
+    try:
+        rows = run(Sources(arguments.sources), arguments.work, options, log)
+    except TuckerOpsError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    minutes = _add_time(arguments.work / "time.json", time.perf_counter() - start) / 60
+    write_rows(rows, arguments.output / "results.json")
+    text = markdown(rows, provenance(), asdict(options), minutes)
+    write_file(arguments.output / "results.md", text.encode(), force=True)
+    plot(rows, arguments.output / "accuracy.png")
+    print(text)
+    print(f"Written to {arguments.output}")
+
+
+def _add_time(path: Path, seconds: float) -> float:
+    """Seconds of this run and those that finished before it in the same folder."""
+    known = json.loads(path.read_text()) if path.is_file() else 0.0
+    write_file(path, json.dumps(known + seconds).encode(), force=True)
+    return known + seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""The steps of the study. Each is kept, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.accuracy.sources import Sources, calibration_cases, linked
+from tucker_ops.convert import Calibration, CompressionConfig
+from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
+from tucker_ops.nnunet.compare import compare_tables
+from tucker_ops.nnunet.compress import compress_folder, load_network, plan_folder
+from tucker_ops.nnunet.evaluate import evaluate_folder
+from tucker_ops.nnunet.folder import Fold, read_model_folder
+from tucker_ops.nnunet.manifest import read_manifest
+from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.predict import predict_folder
+from tucker_ops.nnunet.study import Study
+from tucker_ops.nnunet.training import FinetuneSettings, TrainingSet, finetune_folder
+
+FACTORS = (0.5, 0.3, 0.2, 0.1)
+CT_FACTORS = (0.5, 0.3, 0.2)
+TUNED_FACTORS = (0.3, 0.2, 0.1)
+# mm; the Medical Segmentation Decathlon's for the hippocampus, one voxel of the CT.
+TOLERANCES = {"hippocampus": 1.0, "ct": 3.0}
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a figure depends on besides code and data."""
+
+    calibration_cases: int = 9
+    calibration_patches: int = 18
+    ct_patches: int = 16
+    finetune_steps: int = 200
+    ct_steps: int = 100
+    ct_below: float = 0.9
+
+
+def run(sources: Sources, folder: Path, options: Options, log: Log) -> list[dict[str, Any]]:
+    """All rows: what was compressed, how, to how many parameters, and what it lost."""
+    study = Study(folder)
+    return (
+        _Hippocampus(sources, folder, options, study, log).rows()
+        + _CT(sources, folder, options, study, log).rows()
+    )
+
+
+def same_size(model: Path, factor: float) -> int:
+    """Parameters of the whole network under the published policy at `factor`."""
+    return plan_folder(model, CompressionConfig.weber2024(factor)).compressed.params
+
+
+def variants(params: int) -> dict[str, CompressionConfig]:
+    """Our policies at the same number of parameters: ranks on the kernels' multiples of 8, or finer."""
+    return {
+        "budget": CompressionConfig(params=params),
+        "calibrated": CompressionConfig(params=params),
+        "calibrated, ranks by 4": CompressionConfig(params=params, min_rank=4, align=4),
+    }
+
+
+@dataclass
+class _Part:
+    sources: Sources
+    folder: Path
+    options: Options
+    study: Study
+    log: Log
+
+    def calibrate(
+        self, name: str, model: Path, fold: Fold, data: CalibrationSet
+    ) -> tuple[Calibration, float]:
+        """The calibration and the seconds it took; kept as a file."""
+        path = self.folder / "calibrations" / f"{name}.pt"
+        arguments = {"model": model.parent.name, **data.describe()}
+        if path.is_file():
+            kept = torch.load(path, weights_only=True)
+            if kept["arguments"] == arguments:
+                return Calibration.from_dict(kept["calibration"]), kept["seconds"]
+        self.log(f"{name}: calibrating")
+        start = time.perf_counter()
+        source = read_model_folder(model, folds=(fold,))
+        calibration = calibrate_network(load_network(source, fold), source, data)
+        seconds = time.perf_counter() - start
+        content = {"arguments": arguments, "calibration": calibration.to_dict(), "seconds": seconds}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(content, partial)
+        partial.replace(path)
+        return calibration, seconds
+
+    def compressed(
+        self, name: str, model: Path, config: CompressionConfig, fold: Fold, calibration: Calibration | None
+    ) -> Path:
+        target = self.folder / "models" / name
+        known = None if calibration is None else calibration.digest
+        if target.is_dir():
+            manifest = read_manifest(target)
+            if (manifest.config, manifest.plan.calibration) == (config, known):
+                return target
+        calibrations = None if calibration is None else {fold: calibration}
+        compress_folder(model, target, config, folds=(fold,), calibrate=calibrations, force=target.is_dir())
+        return target
+
+    def predicted(self, name: str, model: Path, images: Path, fold: Fold) -> Path:
+        target = self.folder / "predictions" / name
+        predict_folder(
+            model, images, target, folds=(fold,), mirroring=False, precision="fp32", overwrite=True
+        )
+        return target
+
+    def size(self, model: Path) -> dict[str, Any]:
+        manifest = read_manifest(model)
+        return {
+            "parameters": manifest.tucker.parameters,
+            "of_dense": manifest.tucker.parameters / manifest.dense.parameters,
+            "macs": manifest.tucker.macs,
+            "macs_of_dense": manifest.tucker.macs / manifest.dense.macs,
+        }
+
+
+class _Hippocampus(_Part):
+    """39 validation cases of fold 0; calibration and fine-tuning see training cases of fold 0 alone."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        model, cases = self.sources.hippocampus, self.sources.cases("val")
+        self.images = linked(
+            {f"{c}_0000.nii.gz": self.sources.images / f"{c}_0000.nii.gz" for c in cases},
+            self.folder / "validation",
+        )
+        self.dense = self._dense()
+        names = calibration_cases(self.sources, self.options.calibration_cases)
+        data = CalibrationSet(
+            self.sources.images, cases=tuple(names), patches=self.options.calibration_patches
+        )
+        calibration, seconds = self.calibrate("hippocampus", model, 0, data)
+        self.log(f"hippocampus: calibrated in {seconds:.0f} s on {calibration.source}")
+        rows, models = [self.dense], {}
+        for factor in FACTORS:
+            params = same_size(model, factor)
+            configs = {"weber2024": CompressionConfig.weber2024(factor), **variants(params)}
+            for policy, config in configs.items():
+                used = calibration if policy.startswith("calibrated") else None
+                rows.append(self._row(factor, policy, config, used))
+                models[factor, policy] = self.folder / "models" / rows[-1]["name"]
+        tuned = [(factor, policy) for factor in TUNED_FACTORS for policy in ("weber2024", "calibrated")]
+        rows += [self._tuned(factor, policy, models[factor, policy]) for factor, policy in tuned]
+        return [*rows, self._tuned(1.0, "dense", model)]
+
+    def _dense(self) -> dict[str, Any]:
+        def make():
+            self.log("hippocampus: dense")
+            folder = self.predicted("hippocampus-dense", self.sources.hippocampus, self.images, 0)
+            return self._judge(folder)
+
+        row = self.study.step("hippocampus-dense", {"cases": self.sources.cases("val")}, make)
+        cost = plan_folder(self.sources.hippocampus, CompressionConfig(factor=0.5)).dense
+        size = {"parameters": cost.params, "of_dense": 1.0, "macs": cost.macs, "macs_of_dense": 1.0}
+        about = {
+            "data": "hippocampus",
+            "name": "hippocampus-dense",
+            "factor": 1.0,
+            "policy": "dense",
+            "steps": 0,
+        }
+        return about | size | row
+
+    def _judge(self, folder: Path) -> dict[str, Any]:
+        evaluation = evaluate_folder(
+            folder, self.sources.labels, allow_missing=True, nsd_tolerance=TOLERANCES["hippocampus"]
+        )
+        dice = evaluation.per_case
+        return {
+            "dice": evaluation.mean,
+            "nsd": float(evaluation.nsd_per_case.mean().mean()),
+            "dice_per_class": evaluation.per_class.to_dict(),
+            "dice_per_case": {case: values.to_dict() for case, values in dice.iterrows()},
+        }
+
+    def _against_dense(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        import pandas as pd
+
+        tables = [pd.DataFrame.from_dict(r["dice_per_case"], orient="index") for r in (self.dense, row)]
+        return compare_tables(*tables).to_dict()
+
+    def _row(
+        self, factor: float, policy: str, config: CompressionConfig, calibration: Calibration | None
+    ) -> dict[str, Any]:
+        name = f"hippocampus-{factor}-{policy.replace(', ranks by ', '-align')}"
+        model = self.compressed(name, self.sources.hippocampus, config, 0, calibration)
+
+        def make():
+            self.log(name)
+            return self._judge(self.predicted(name, model, self.images, 0))
+
+        digest = None if calibration is None else calibration.digest
+        row = self.study.step(name, {"config": config.to_dict(), "calibration": digest}, make)
+        about = {"data": "hippocampus", "name": name, "factor": factor, "policy": policy, "steps": 0}
+        return about | self.size(model) | row | self._against_dense(row)
+
+    def _tuned(self, factor: float, policy: str, model: Path) -> dict[str, Any]:
+        name = f"hippocampus-{factor}-{policy}-tuned"
+        settings = FinetuneSettings(steps=self.options.finetune_steps, batch_size=2)
+        data = TrainingSet(images=self.sources.images, labels=self.sources.labels, splits=self.sources.splits)
+        target = self.folder / "models" / name
+
+        def make():
+            self.log(f"{name}: {settings.steps} steps")
+            start = time.perf_counter()
+            every = 25
+
+            def progress(label, done, total):
+                if label == "training" and done % every == 0:
+                    self.log(f"{name}: step {done} of {total}, {time.perf_counter() - start:.0f} s")
+
+            finetune_folder(
+                model, target, data, settings, teacher=self.sources.hippocampus, force=True, progress=progress
+            )
+            seconds = time.perf_counter() - start
+            return {"seconds": seconds} | self._judge(self.predicted(name, target, self.images, 0))
+
+        arguments = {"settings": settings.to_dict(), "from": policy, "factor": factor}
+        if policy != "dense":
+            manifest = read_manifest(model)
+            arguments |= {"config": manifest.config.to_dict(), "calibration": manifest.plan.calibration}
+        row = self.study.step(name, arguments, make)
+        size = {key: self.dense[key] for key in ("parameters", "of_dense", "macs", "macs_of_dense")}
+        if policy != "dense":
+            size = self.size(model)
+        about = {
+            "data": "hippocampus",
+            "name": name,
+            "factor": factor,
+            "policy": policy,
+            "steps": settings.steps,
+        }
+        return about | size | row | self._against_dense(row)
+
+
+class _CT(_Part):
+    """One CT: calibrated on one half of it, judged against the dense output on the other half and on the whole.
+
+    The halves are left and right: those of any other cut lack some organs altogether.
+    """
+
+    AXIS = 0
+
+    def rows(self) -> list[dict[str, Any]]:
+        model = self.sources.ct_model
+        self.images = linked({"ct_0000.nii.gz": self.sources.ct}, self.folder / "ct")
+        half = self._half(self.sources.ct, "ct_0000.nii.gz", self.folder / "ct-half", first=True)
+        self.dense = self.folder / "predictions" / "ct-dense"
+        self.study.step("ct-dense", {}, self._predict_dense)
+        data = CalibrationSet(half, patches=self.options.ct_patches)
+        calibration, seconds = self.calibrate("ct", model, "all", data)
+        self.log(f"ct: calibrated in {seconds:.0f} s on {calibration.source}")
+        rows = []
+        for factor in CT_FACTORS:
+            params = same_size(model, factor)
+            for policy, config in (
+                ("weber2024", CompressionConfig.weber2024(factor)),
+                *variants(params).items(),
+            ):
+                used = calibration if policy.startswith("calibrated") else None
+                rows.append(self._row(factor, policy, config, used))
+        low = [
+            r
+            for r in rows
+            if r["agreement"] < self.options.ct_below and r["policy"] in ("weber2024", "calibrated")
+        ]
+        return rows + [self._tuned(row, half) for row in low]
+
+    def _predict_dense(self) -> dict[str, Any]:
+        self.log("ct: dense")
+        self.predicted("ct-dense", self.sources.ct_model, self.images, "all")
+        return {}
+
+    def _half(self, image: Path, name: str, folder: Path, *, first: bool) -> Path:
+        import SimpleITK
+
+        target = folder / name
+        if not target.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            volume = SimpleITK.ReadImage(str(image))
+            middle = volume.GetSize()[self.AXIS] // 2
+            cut = [slice(None)] * 3
+            cut[self.AXIS] = slice(0, middle) if first else slice(middle, None)
+            partial = folder / f".{name}"
+            SimpleITK.WriteImage(volume[tuple(cut)], str(partial))
+            partial.replace(target)
+        return folder
+
+    def _judge(self, name: str) -> dict[str, Any]:
+        """Agreement with the dense output on the whole, and on the half that calibration did not see."""
+        described = {
+            "dataset_json": self.sources.ct_model / "dataset.json",
+            "nsd_tolerance": TOLERANCES["ct"],
+        }
+        folder = self.folder / "predictions" / name
+        whole = evaluate_folder(folder, self.dense, **described)
+        halves = []
+        for part in (folder, self.dense):
+            target = self.folder / "halves" / part.name
+            (target / "ct.nii.gz").unlink(missing_ok=True)
+            halves.append(self._half(part / "ct.nii.gz", "ct.nii.gz", target, first=False))
+        other = evaluate_folder(*halves, **described)
+        voxels = other.metrics["n_ref"].unstack("class").iloc[0]
+        return {
+            "agreement": whole.mean,
+            "worst_class": whole.worst_class[0],
+            "worst": whole.worst_class[1],
+            "nsd": float(whole.nsd_per_case.mean().mean()),
+            "other_half": other.mean,
+            "other_half_worst_class": other.worst_class[0],
+            "other_half_worst": other.worst_class[1],
+            "other_half_worst_voxels": int(voxels[other.worst_class[0]]),
+            "dice_per_class": whole.to_dict()["dice_per_class"],
+        }
+
+    def _row(
+        self, factor: float, policy: str, config: CompressionConfig, calibration: Calibration | None
+    ) -> dict[str, Any]:
+        name = f"ct-{factor}-{policy.replace(', ranks by ', '-align')}"
+        model = self.compressed(name, self.sources.ct_model, config, "all", calibration)
+
+        def make():
+            self.log(name)
+            self.predicted(name, model, self.images, "all")
+            return self._judge(name)
+
+        digest = None if calibration is None else calibration.digest
+        row = self.study.step(name, {"config": config.to_dict(), "calibration": digest}, make)
+        about = {"data": "ct", "name": name, "factor": factor, "policy": policy, "steps": 0}
+        return about | self.size(model) | row
+
+    def _tuned(self, before: Mapping[str, Any], half: Path) -> dict[str, Any]:
+        """Label-free distillation on the half that calibration saw."""
+        name = f"{before['name']}-tuned"
+        model, target = self.folder / "models" / before["name"], self.folder / "models" / name
+        settings = FinetuneSettings(steps=self.options.ct_steps, batch_size=1, patch_size=(64, 64, 64))
+
+        def make():
+            self.log(f"{name}: {settings.steps} steps")
+            start = time.perf_counter()
+            finetune_folder(
+                model, target, TrainingSet(images=half), settings, teacher=self.sources.ct_model, folds=("all",),
+                force=True,
+            )  # fmt: skip
+            seconds = time.perf_counter() - start
+            self.predicted(name, target, self.images, "all")
+            return {"seconds": seconds} | self._judge(name)
+
+        manifest = read_manifest(model)
+        arguments = {"settings": settings.to_dict(), "config": manifest.config.to_dict()}
+        row = self.study.step(name, arguments | {"calibration": manifest.plan.calibration}, make)
+        return {**before, "name": name, "steps": settings.steps} | row
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    """Rows as JSON, one a line, without the values of every case."""
+    from bench.folders import as_json
+
+    kept = [{key: value for key, value in row.items() if key != "dice_per_case"} for row in rows]
+    write_file(path, as_json(kept).encode(), force=True)

@@ -1,0 +1,202 @@
+"""Training cases in the form that nnU-Net's data loader reads, from images with or without labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from tucker_ops.errors import ConfigError, ImageError, SegmentationError
+from tucker_ops.nnunet.folder import Fold, ModelFolder, read_json
+from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.segmentations import find_segmentations
+
+if TYPE_CHECKING:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+Progress = Callable[[str, int, int], None]
+FINGERPRINT = "dataset_fingerprint.json"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Where training cases come from: `preprocessed`, nnU-Net's folder of the dataset, or `images`.
+
+    Args:
+        preprocessed: nnUNet_preprocessed/DatasetNNN_Name, with the cases of the model's configuration in it.
+        images: folder of images named CASE_0000.
+        labels: their labels. Without, the dense model's own segmentations take their place.
+        splits: a splits_final.json, of which the training cases of the fold are used [default: the one in
+            `preprocessed`, if any; else all cases].
+        cases: names of the cases to use instead.
+
+    Raises ConfigError unless exactly one of `preprocessed` and `images` is given.
+    """
+
+    preprocessed: Path | None = None
+    images: Path | None = None
+    labels: Path | None = None
+    splits: Path | None = None
+    cases: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        if (self.preprocessed is None) == (self.images is None):
+            raise ConfigError(
+                "give either the preprocessed dataset of nnU-Net or a folder of images, and one of them only"
+            )
+        if self.labels is not None and self.images is None:
+            raise ConfigError("labels belong to images; a preprocessed dataset holds its own")
+
+    def chosen(self, available: Sequence[str], fold: Fold) -> list[str]:
+        """Names of the training cases of this fold, none of which is a validation case of it."""
+        if self.cases is not None:
+            names = list(self.cases)
+        else:
+            names = self._of_split(available, fold)
+        absent = [name for name in names if name not in available]
+        if absent or not names:
+            where = self.preprocessed or self.images
+            what = f"lacks the training case {absent[0]}" if absent else "holds no training case"
+            raise ConfigError(
+                f"{where} {what}; it holds {', '.join(list(available)[:5]) or 'nothing'}. Name those to use, or give "
+                "the splits_final.json that the model was trained with"
+            )
+        return names
+
+    def _of_split(self, available: Sequence[str], fold: Fold) -> list[str]:
+        path = self.splits
+        if (
+            path is None
+            and self.preprocessed is not None
+            and (self.preprocessed / "splits_final.json").is_file()
+        ):
+            path = self.preprocessed / "splits_final.json"
+        if path is None or fold == "all":
+            return list(available)
+        try:
+            split = json.loads(Path(path).read_text())[int(fold)]
+            train, validation = list(split["train"]), list(split["val"])
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f"{path} holds no split of fold {fold} ({error}); give nnU-Net's splits_final.json"
+            ) from error
+        both = sorted(set(train) & set(validation))
+        if both:
+            raise ConfigError(
+                f"{path} has {both[0]} in training and validation of fold {fold}; correct the split"
+            )
+        return train
+
+
+def cases_in(folder: Path) -> list[str]:
+    """Names of the cases that nnU-Net preprocessed into this folder."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    if not folder.is_dir() or not any(folder.glob("*.pkl")):
+        raise ConfigError(
+            f"{folder} holds no preprocessed cases; run nnUNetv2_preprocess for this configuration, or give images"
+        )
+    return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+
+
+def prepare_cases(
+    model: ModelFolder,
+    data: TrainingSet,
+    fold: Fold,
+    destination: Path,
+    predictor: nnUNetPredictor | None,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Preprocess the images of `data` below `destination` as nnU-Net would; returns the names of the cases.
+
+    Cases that are there already are kept, so that an interrupted run goes on. `predictor` is the dense model's; it
+    segments what has no labels. Raises ImageError and SegmentationError for files that are missing or unreadable.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    manager = PlansManager(dict(model.plans))
+    configuration = manager.get_configuration(model.configuration)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    content = dict(model.dataset_json)
+    ending = content["file_ending"]
+    images = find_cases(data.images, ending, model.input_channels)
+    labels = {} if data.labels is None else find_segmentations(data.labels, ending)
+    names = data.chosen(list(images), fold)
+    folder = destination / configuration.data_identifier
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (destination / FINGERPRINT).exists():
+        source = model.path / FINGERPRINT
+        write_file(
+            destination / FINGERPRINT, json.dumps(read_json(source) if source.is_file() else {}).encode()
+        )
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(f"preparing {name}", done, len(names))
+        target = folder / name
+        if target.with_name(f"{name}.pkl").exists():
+            continue
+        if data.labels is not None and name not in labels:
+            raise SegmentationError(f"case {name} of {data.images} has no label in {data.labels}; add it")
+        files = [str(file) for file in images[name]]
+        try:
+            volume, segmentation, properties = preprocessor.run_case(
+                files, str(labels[name]) if labels else None, manager, configuration, content
+            )
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
+            raise ImageError(
+                f"case {name} cannot be read or preprocessed ({reason}); check {', '.join(files)}"
+            ) from error
+        if not np.isfinite(volume).all():
+            raise ImageError(f"case {name} holds NaN or infinite values; repair it or leave it out")
+        if not labels:
+            segmentation = _segment(predictor, volume)
+            properties["class_locations"] = _foreground(preprocessor, manager, content, segmentation)
+        blocks = _blocks(volume, segmentation, configuration.patch_size)
+        with tempfile.TemporaryDirectory(prefix=".case-", dir=destination) as partial:
+            nnUNetDatasetBlosc2.save_case(
+                volume.astype(np.float32),
+                segmentation.astype(np.int16),
+                properties,
+                f"{partial}/{name}",
+                **blocks,
+            )
+            # The properties last: a case without them is not whole, and is made again.
+            for suffix in (".b2nd", "_seg.b2nd", ".pkl"):
+                os.replace(f"{partial}/{name}{suffix}", f"{target}{suffix}")
+    if progress is not None:
+        progress("", len(names), len(names))
+    return names
+
+
+def _segment(predictor: nnUNetPredictor, volume: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        logits = predictor.predict_sliding_window_return_logits(
+            torch.from_numpy(np.ascontiguousarray(volume)).float()
+        )
+    labels = predictor.label_manager.convert_logits_to_segmentation(logits)
+    return np.asarray(labels)[None]
+
+
+def _foreground(preprocessor, manager, content: dict, segmentation: np.ndarray) -> dict:
+    """Where each class is, which the loader draws patches around; as nnU-Net's preprocessing finds it."""
+    labels = manager.get_label_manager(content)
+    wanted = list(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
+    return preprocessor._sample_foreground_locations(segmentation, wanted)
+
+
+def _blocks(volume: np.ndarray, segmentation: np.ndarray, patch: Sequence[int]) -> dict:
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+
+    blocks, chunks = comp_blosc2_params(volume.shape, tuple(patch), 4)
+    blocks_seg, chunks_seg = comp_blosc2_params(segmentation.shape, tuple(patch), 2)
+    return {"blocks": blocks, "chunks": chunks, "blocks_seg": blocks_seg, "chunks_seg": chunks_seg}

@@ -1,0 +1,356 @@
+"""Fine-tune a compressed model folder; an interrupted run resumes, and the result appears whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError
+from tucker_ops.nnunet.checkpoint import read_checkpoint, serialise, sha256
+from tucker_ops.nnunet.compress import check_apart, is_earlier_output, load_network
+from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
+from tucker_ops.nnunet.manifest import MANIFEST_NAME
+from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.staging import check_destination, staged_folder
+from tucker_ops.nnunet.training.data import TrainingSet, cases_in, prepare_cases
+from tucker_ops.nnunet.training.settings import FinetuneSettings
+
+Progress = Callable[[str, int, int], None]
+STATE = "finetuning.json"
+
+
+@dataclass(frozen=True)
+class FinetuneSummary:
+    """``precision`` says in which one steps ran, and why; ``resumed_at`` the step that each fold went on from."""
+
+    output: Path
+    steps: int
+    precision: str
+    cases: Mapping[Fold, tuple[str, ...]]
+    resumed_at: Mapping[Fold, int] = field(default_factory=dict)
+
+
+def finetune_folder(
+    model_dir: str | Path,
+    output_dir: str | Path,
+    data: TrainingSet,
+    settings: FinetuneSettings | None = None,
+    *,
+    teacher: str | Path | None = None,
+    folds: Sequence[Fold] | None = None,
+    checkpoint: str = DEFAULT_CHECKPOINT,
+    device: str = "cpu",
+    processes: int = 1,
+    force: bool = False,
+    restart: bool = False,
+    keep_training: bool = False,
+    trust: bool = False,
+    progress: Progress | None = None,
+) -> FinetuneSummary:
+    """Train a model on from its weights with nnU-Net's trainer, taught by the dense model it was made from.
+
+    Args:
+        model_dir: a model folder, compressed or dense.
+        output_dir: the same model with new weights.
+        data: the training cases; those of a fold's validation are never opened.
+        teacher: folder of the dense model, with the same folds; left out, there is no distillation.
+        processes: of DDP; on the CPU they talk through gloo, on GPUs (one each) through NCCL.
+        force: replace an earlier output.
+        restart: forget what an interrupted run left, instead of resuming it.
+        keep_training: leave checkpoints, log and preprocessed cases in OUTPUT.training.
+        progress: called with a label, the steps done, and their number.
+
+    State lives in OUTPUT.training, after each epoch, until the result is written. A run with the same arguments goes on
+    from there. Raises ConfigError for an interrupted run with other arguments, and for options that do not fit; and
+    the errors of `read_model_folder`, `prepare_cases`, OutputExistsError and OutputWriteError.
+    """
+    settings = settings or FinetuneSettings()
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    check_apart(model_dir, output_dir)
+    check_destination(output_dir, replaceable=_is_replaceable, force=force)
+    model = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
+    if model.previous_stage is not None:
+        raise ConfigError(
+            f"{model_dir} is the second stage of a cascade, which finetune cannot train; use nnUNetv2_train"
+        )
+    if settings.patch_size is not None and len(settings.patch_size) != len(model.patch_size):
+        raise ConfigError(
+            f"patch_size {settings.patch_size} given; the model takes {len(model.patch_size)} extents"
+        )
+    chosen = model.select_folds(folds, checkpoint)
+    dense = None if teacher is None else _read_teacher(Path(teacher), model, chosen, checkpoint, trust)
+    if dense is None:
+        _check_without_teacher(settings, data)
+    precision, why = _precision(settings.precision, device)
+    training = output_dir.with_name(f"{output_dir.name}.training")
+    run = _Run(
+        model, dense, data, settings, checkpoint, device, precision, processes, training, trust, progress
+    )
+    run.open(restart)
+    for fold in chosen:
+        run.train(fold)
+    _write(model, chosen, checkpoint, run, output_dir, force)
+    if not keep_training:
+        shutil.rmtree(training, ignore_errors=True)
+    return FinetuneSummary(output_dir, settings.steps, f"{precision}: {why}", run.cases, run.resumed_at)
+
+
+def _is_replaceable(path: Path) -> bool:
+    return is_earlier_output(path) or (path / STATE).is_file()
+
+
+def _read_teacher(
+    path: Path, model: ModelFolder, folds: Sequence[Fold], checkpoint: str, trust: bool
+) -> ModelFolder:
+    teacher = read_model_folder(path, folds=folds, checkpoint=checkpoint, trust=trust)
+    if (teacher.input_channels, teacher.num_outputs) != (model.input_channels, model.num_outputs):
+        raise ModelFolderError(
+            f"the teacher {path} maps {teacher.input_channels} channels to {teacher.num_outputs} outputs, {model.path} "
+            f"{model.input_channels} to {model.num_outputs}; give the dense model that it was compressed from"
+        )
+    return teacher
+
+
+def _check_without_teacher(settings: FinetuneSettings, data: TrainingSet) -> None:
+    if settings.distill or settings.features:
+        raise ConfigError(
+            "distillation needs the dense model; give it with --teacher (teacher=), or set distill and features to 0"
+        )
+    if data.images is not None and data.labels is None:
+        raise ConfigError(
+            "without labels the dense model must segment the images; give it with --teacher (teacher=)"
+        )
+
+
+def _precision(asked: str, device: str) -> tuple[str, str]:
+    if torch.device(device).type == "cuda":
+        return "fp16", "nnU-Net's mixed precision on the GPU"
+    if asked != "auto":
+        return asked, "as asked"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bf16", "the processor multiplies bf16"
+    return "fp32", "the processor does not multiply bf16"
+
+
+@dataclass
+class _Run:
+    """One call of `finetune_folder`, and its folder of state."""
+
+    model: ModelFolder
+    teacher: ModelFolder | None
+    data: TrainingSet
+    settings: FinetuneSettings
+    checkpoint: str
+    device: str
+    precision: str
+    processes: int
+    folder: Path
+    trust: bool
+    progress: Progress | None
+    cases: dict[Fold, tuple[str, ...]] = field(default_factory=dict)
+    resumed_at: dict[Fold, int] = field(default_factory=dict)
+
+    def open(self, restart: bool) -> None:
+        """Make the folder of state, or make sure that the one that is there belongs to this run."""
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        mine = json.loads(json.dumps(self._arguments()))
+        state = self.folder / STATE
+        if state.is_file():
+            theirs = json.loads(state.read_text())
+            differing = sorted(key for key in mine if theirs.get(key) != mine[key])
+            if differing:
+                raise ConfigError(
+                    f"{self.folder} is left of a run with another {', '.join(differing)}; give the same arguments to "
+                    "resume it, or begin anew with --restart (restart=True)"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise OutputExistsError(
+                f"{self.folder} exists and is not of an interrupted fine-tuning; remove or rename it"
+            )
+        else:
+            write_file(state, json.dumps(mine, indent=1).encode())
+
+    def _arguments(self) -> dict[str, Any]:
+        folds = self.model.folds
+        return {
+            "settings": self.settings.to_dict(),
+            "weights": {str(f): sha256(self.model.checkpoint_path(f, self.checkpoint)) for f in folds},
+            "teacher": None if self.teacher is None else self.teacher.path.resolve().name,
+            "data": {key: None if value is None else str(value) for key, value in vars(self.data).items()},
+            "processes": self.processes,
+        }
+
+    def result(self, fold: Fold) -> Path:
+        return self.folder / f"fold_{fold}" / "checkpoint_final.pth"
+
+    def train(self, fold: Fold) -> None:
+        preprocessed, names = self._prepare(fold)
+        self.cases[fold] = tuple(names)
+        if self.result(fold).is_file():
+            self.resumed_at[fold] = self.settings.steps
+            return
+        latest = self.result(fold).with_name("checkpoint_latest.pth")
+        if latest.is_file():
+            self.resumed_at[fold] = read_checkpoint(latest, trust=self.trust)["step"]
+        job = _Job(
+            self.model, self.teacher, fold, self.checkpoint, self.settings, preprocessed, tuple(names),
+            self.result(fold).parent, self.device, self.precision, self.trust,
+        )  # fmt: skip
+        if self.processes == 1:
+            _work(job, self._steps)
+        else:
+            arguments = (job, self.processes, _free_port())
+            torch.multiprocessing.start_processes(
+                _distributed, arguments, self.processes, start_method="spawn"
+            )
+
+    def _steps(self, step: int) -> None:
+        if self.progress is not None:
+            self.progress("training", step, self.settings.steps)
+
+    def _prepare(self, fold: Fold) -> tuple[Path, list[str]]:
+        if self.data.preprocessed is not None:
+            from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+            configuration = PlansManager(dict(self.model.plans)).get_configuration(self.model.configuration)
+            folder = Path(self.data.preprocessed)
+            return folder, self.data.chosen(cases_in(folder / configuration.data_identifier), fold)
+        destination = self.folder / "preprocessed"
+        predictor = None
+        if self.data.labels is None:
+            from tucker_ops.nnunet.predict import load_predictor
+
+            folds = (fold,)
+            predictor = load_predictor(
+                self.teacher.path, folds=folds, checkpoint=self.checkpoint, mirroring=False, trust=self.trust
+            )
+        with _silenced():
+            names = prepare_cases(self.model, self.data, fold, destination, predictor, self.progress)
+        return destination, names
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one training process needs; goes to spawned processes by pickle."""
+
+    model: ModelFolder
+    teacher: ModelFolder | None
+    fold: Fold
+    checkpoint: str
+    settings: FinetuneSettings
+    preprocessed: Path
+    cases: tuple[str, ...]
+    output: Path
+    device: str
+    precision: str
+    trust: bool
+
+
+def _work(job: _Job, progress: Callable[[int], None] | None = None, rank: int = 0) -> None:
+    from tucker_ops.nnunet.training.trainer import LATEST, FinetuneTrainer
+
+    torch.manual_seed(job.settings.seed + rank)
+    np.random.seed(job.settings.seed + rank)
+    path = job.model.checkpoint_path(job.fold, job.checkpoint)
+    weights = read_checkpoint(path, trust=job.trust)["network_weights"]
+    with _silenced():
+        trainer = FinetuneTrainer.of(
+            job.model,
+            job.fold,
+            {name: w.float() if w.is_floating_point() else w for name, w in weights.items()},
+            _teacher(job),
+            job.settings,
+            preprocessed=job.preprocessed,
+            cases=job.cases,
+            output=job.output,
+            device=torch.device(job.device),
+            precision=job.precision,
+            progress=progress,
+        )
+        latest = job.output / LATEST
+        if latest.is_file():
+            trainer.resume(read_checkpoint(latest, trust=job.trust))
+        trainer.run_training()
+
+
+def _teacher(job: _Job) -> torch.nn.Module | None:
+    if job.teacher is None or not (job.settings.distill or job.settings.features):
+        return None
+    from tucker_ops.fused import fuse
+
+    network = load_network(job.teacher, job.fold, job.checkpoint, trust=job.trust)
+    # Features are read by hooks, which the fused network does not run.
+    return network if job.settings.features else fuse(network.requires_grad_(False), precision="fp32")
+
+
+def _distributed(rank: int, job: _Job, processes: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gpu = torch.device(job.device).type == "cuda"
+    if gpu:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=processes)
+    try:
+        _work(job, rank=rank)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """nnU-Net tells on standard output what it does; its log file says it as well."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _write(
+    model: ModelFolder, folds: Sequence[Fold], checkpoint: str, run: _Run, output_dir: Path, force: bool
+) -> None:
+    """The model's folder with the new weights, in the dtype that the old ones had."""
+    with staged_folder(output_dir, replaceable=_is_replaceable, force=force) as stage:
+        for fold in folds:
+            old = read_checkpoint(model.checkpoint_path(fold, checkpoint), trust=run.trust)
+            new = read_checkpoint(run.result(fold), trust=run.trust)["network_weights"]
+            dtypes = {name: w.dtype for name, w in old["network_weights"].items()}
+            keep = ("trainer_name", "init_args", "inference_allowed_mirroring_axes")
+            content = {key: old[key] for key in keep if key in old}
+            content["network_weights"] = _cast(new, dtypes)
+            stage.write(Path(f"fold_{fold}") / checkpoint, serialise(content))
+        for path in sorted(model.path.iterdir()):
+            if path.is_file():
+                stage.write(path.name, path.read_bytes())
+        manifest = model.path / MANIFEST_NAME
+        if manifest.is_file():
+            text = json.loads(manifest.read_text()) | {"finetuning": run._arguments()}
+            stage.write(MANIFEST_NAME, (json.dumps(text, indent=1) + "\n").encode())
+        stage.write(STATE, json.dumps(run._arguments(), indent=1).encode())
+
+
+def _cast(weights: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+    """Names that share a tensor go on sharing it, so that it is stored once."""
+    seen: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    result = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in seen:
+            seen[key] = tensor.to(dtypes[name])
+        result[name] = seen[key]
+    return result
