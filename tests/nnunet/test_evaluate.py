@@ -148,10 +148,12 @@ def test_command_line(folders, tmp_path):
     arguments = ["evaluate", "-p", prediction, "-r", reference, "--dense", prediction, "--json", str(path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    lines = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("│")}
+    # Of each name the first line: a later table compares the models.
+    shown = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    lines = {line.split("│")[1].strip(): line for line in reversed(shown)}
     assert "0.8000" in lines["head"] and "1.0000" in lines["head"]
     assert "0.5667" in lines["mean"]
-    assert set(json.loads(path.read_text())) == {"labels", "dense"}
+    assert set(json.loads(path.read_text())) == {"labels", "dense", "comparison"}
 
 
 def test_command_line_refuses_before_it_compares(folders, tmp_path, monkeypatch):

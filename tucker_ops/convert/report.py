@@ -10,11 +10,17 @@ if TYPE_CHECKING:
     from tucker_ops.convert.plan import LayerPlan, Plan
 
 _COLUMNS = ("layer", "shape", "ranks", "params", "MMAC", "error", "why dense")
+_NUMBERS = ("params", "MMAC", "error", "nats")
+
+
+def _columns(plan: Plan) -> tuple[str, ...]:
+    """Of a calibrated plan the expected loss in nats, as errors of weights then say little."""
+    return tuple("nats" if c == "error" and plan.calibration is not None else c for c in _COLUMNS)
 
 
 def as_text(plan: Plan) -> str:
     """The plan in aligned columns, totals and notes below."""
-    rows = [_COLUMNS, *(_row(layer) for layer in plan.layers)]
+    rows = [_columns(plan), *(_row(layer) for layer in plan.layers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS) - 1)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -29,8 +35,8 @@ def as_table(plan: Plan) -> Table:
     from rich.text import Text
 
     table = Table(caption="\n".join(_footer(plan)), caption_justify="left", pad_edge=False)
-    for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in ("params", "MMAC", "error") else "left")
+    for name in _columns(plan):
+        table.add_column(name, justify="right" if name in _NUMBERS else "left")
     for layer in plan.layers:
         table.add_row(*map(Text, _row(layer)), style="dim" if layer.ranks is None else None)
     return table
@@ -46,13 +52,14 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
     params, macs = f"{dense.params:,}", _mega(dense.macs)
     if layer.ranks is None:
         return layer.name, shape, "", params, macs, "", layer.reason or ""
+    error = layer.expected_error if layer.expected_loss is None else layer.expected_loss
     return (
         layer.name,
         shape,
         f"{layer.ranks[0]}, {layer.ranks[1]}",
         f"{params} → {cost.params:,}",
         f"{macs} → {_mega(cost.macs)}",
-        "" if layer.expected_error is None else f"{layer.expected_error:.3f}",
+        "" if error is None else f"{error:.3f}",
         "",
     )
 

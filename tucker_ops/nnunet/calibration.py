@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from tucker_ops import convert
 from tucker_ops.convert import Calibration
-from tucker_ops.errors import CalibrationError, ConfigError, ImageError
+from tucker_ops.errors import CalibrationError, ConfigError
 from tucker_ops.nnunet.folder import ModelFolder
 from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.preprocess import Preprocessor
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,7 +35,6 @@ class CalibrationSet:
         patches: random patches, dealt out evenly among the cases, at least one each.
         labels: draws of labels per patch.
         seed: of patches and labels.
-        region: (start, stop) per axis of the preprocessed volume, to which patches are confined; for studies.
 
     Raises ConfigError for numbers out of range.
     """
@@ -44,7 +44,6 @@ class CalibrationSet:
     patches: int = 16
     labels: int = 2
     seed: int = 0
-    region: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self):
         for name in ("patches", "labels"):
@@ -63,9 +62,9 @@ def calibrate_network(
     """`tucker_ops.calibrate` on random patches of `data`, preprocessed as nnU-Net does for this model.
 
     Patches have the extents of the plans, at most `LARGEST_PATCH` voxels. Raises CalibrationError for images
-    that hold NaN or one value only, or that the model learns nothing from; ConfigError for the second stage
-    of a cascade or a case that is not there; ImageError, ShapeError and ModelFolderError for unreadable or
-    wrongly named images.
+    that hold one value only, or that the model learns nothing from; ConfigError for the second stage of a
+    cascade or a case that is not there; ImageError for images that are unreadable or hold NaN, ShapeError and
+    ModelFolderError for those of other channels or names.
     """
     if source.previous_stage is not None:
         raise ConfigError(
@@ -92,7 +91,7 @@ def calibrate_network(
         network,
         patches(),
         labels_per_input=data.labels,
-        likelihood="sigmoid" if _has_regions(source) else "softmax",
+        likelihood="sigmoid" if volumes.has_regions else "softmax",
         seed=data.seed,
         source=f"{total} patches of {'×'.join(map(str, size))} from {len(volumes)} cases, {data.labels} draws of "
         f"labels each, seed {data.seed}",
@@ -117,11 +116,8 @@ class _Volumes:
     """Preprocessed volumes [C, *spatial] of a folder, by case."""
 
     def __init__(self, source: ModelFolder, data: CalibrationSet):
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
         self._source, self._data = source, data
-        self._manager = PlansManager(dict(source.plans))
-        self._configuration = self._manager.get_configuration(source.configuration)
+        self._preprocessor = Preprocessor(source)
         folder = Path(data.folder)
         self._preprocessed = folder.is_dir() and any(folder.glob("*.pkl"))
         if self._preprocessed:
@@ -137,6 +133,10 @@ class _Volumes:
                 )
             self._files = {name: self._files[name] for name in data.cases}
 
+    @property
+    def has_regions(self) -> bool:
+        return self._preprocessor.labels.has_regions
+
     def __len__(self) -> int:
         return len(self._files)
 
@@ -145,15 +145,13 @@ class _Volumes:
 
     def read(self, name: str) -> Tensor:
         files = self._files[name]
-        data = self._load(name) if self._preprocessed else self._preprocess(name, files)
+        data = self._load(name) if self._preprocessed else self._preprocessor.run(name, files)[0]
         volume = torch.from_numpy(np.ascontiguousarray(data)).float()
         if len(volume) != self._source.input_channels:
             raise CalibrationError(
                 f"calibration case {name} has {len(volume)} channels, the model takes {self._source.input_channels}; "
                 "calibrate with images of the channels that it was trained on"
             )
-        if self._data.region is not None:
-            volume = volume[(slice(None), *(slice(*bounds) for bounds in self._data.region))]
         bad = int((~torch.isfinite(volume)).sum())
         if bad:
             raise CalibrationError(
@@ -173,23 +171,11 @@ class _Volumes:
         folder = str(self._data.folder)
         return infer_dataset_class(folder)(folder, identifiers=[name]).load_case(name)[0][:]
 
-    def _preprocess(self, name: str, files: Sequence[Path]) -> np.ndarray:
-        preprocessor = self._configuration.preprocessor_class(verbose=False)
-        content = dict(self._source.dataset_json)
-        names = [str(file) for file in files]
-        try:
-            # A volume of one value divides by its deviation of zero; what comes of it is checked afterwards.
-            with np.errstate(all="ignore"):
-                return preprocessor.run_case(names, None, self._manager, self._configuration, content)[0]
-        except (RuntimeError, OSError, ValueError, IndexError) as error:
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
-            raise ImageError(
-                f"calibration case {name} cannot be read or preprocessed ({reason}); check {', '.join(names)}"
-            ) from error
-
 
 def _random_patch(volume: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """[C, *size] from anywhere in the volume; zeros, as in training, around volumes that are smaller."""
+    """[C, *size] from anywhere in the volume (a slice of it for a 2D network); zeros around those that are smaller."""
+    if len(size) < volume.ndim - 1:
+        volume = volume[:, int(torch.randint(volume.shape[1], (), generator=generator))]
     pad = []
     for have, want in zip(reversed(volume.shape[1:]), reversed(size), strict=True):
         missing = max(0, want - have)
@@ -200,9 +186,3 @@ def _random_patch(volume: Tensor, size: Sequence[int], generator: torch.Generato
         for have, want in zip(volume.shape[1:], size, strict=True)
     ]
     return volume[(slice(None), *(slice(c, c + n) for c, n in zip(corner, size, strict=True)))].contiguous()
-
-
-def _has_regions(source: ModelFolder) -> bool:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    return PlansManager(dict(source.plans)).get_label_manager(dict(source.dataset_json)).has_regions

@@ -21,11 +21,15 @@ WEAKEST = 3
 
 def plan_table(plan: Plan, errors: Mapping[str, float] | None = None) -> Group:
     """One row per convolution: shape, ranks, parameters and millions of MACs as planned, relative error of
-    the weights; below, why layers are dense. `errors` are the achieved ones; by default the expected.
+    the weights; below, why layers are dense. `errors` are the achieved ones; by default the expected. Of a
+    calibrated plan it is the expected loss in nats instead, as errors of weights then say little.
     """
-    table = _table("params", "MMAC", "error")
+    calibrated = plan.calibration is not None
+    table = _table("params", "MMAC", "nats" if calibrated else "error")
     for layer in plan.layers:
         error = (errors or {}).get(layer.name, layer.expected_error) if layer.ranks else None
+        if calibrated:
+            error = layer.expected_loss
         numbers = (f"{layer.cost.params:,}", f"{layer.cost.macs / 1e6:,.0f}", _number(error))
         table.add_row(layer.name, _shape(layer.spec), _ranks(layer.ranks), *numbers)
     dense = ((layer.reason or "", layer.name) for layer in plan.layers if not layer.ranks)
@@ -50,9 +54,13 @@ def summary_table(manifest: Manifest) -> Table:
             label, f"{before / unit:.2f} {name}", f"{after / unit:.2f} {name}", f"{after / before:.1%}"
         )
     table.add_row("factorised layers", "", f"{len(plan.ranks)} of {len(plan.layers)}", "")
-    worst = sorted(manifest.mean_errors().items(), key=lambda item: -item[1])[:WEAKEST]
+    label, errors = "largest errors", manifest.mean_errors()
+    if plan.calibration is not None:
+        label, errors = "largest losses", {x.name: x.expected_loss for x in plan.layers if x.ranks}
+        table.add_row("expected loss", "", f"{sum(errors.values()):.3g} nats", "")
+    worst = sorted(errors.items(), key=lambda item: -item[1])[:WEAKEST]
     for number, (name, error) in enumerate(worst):
-        table.add_row("largest errors" if number == 0 else "", name, f"{error:.3f}", "")
+        table.add_row(label if number == 0 else "", name, f"{error:.3f}", "")
     return table
 
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tucker_ops.errors import ConfigError, ImageError, SegmentationError
+from tucker_ops.errors import ConfigError, SegmentationError
 from tucker_ops.nnunet.folder import Fold, ModelFolder, read_json
 from tucker_ops.nnunet.images import find_cases
 from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.preprocess import Preprocessor
 from tucker_ops.nnunet.segmentations import find_segmentations
 
 if TYPE_CHECKING:
@@ -121,17 +122,13 @@ def prepare_cases(
     segments what has no labels. Raises ImageError and SegmentationError for files that are missing or unreadable.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    manager = PlansManager(dict(model.plans))
-    configuration = manager.get_configuration(model.configuration)
-    preprocessor = configuration.preprocessor_class(verbose=False)
-    content = dict(model.dataset_json)
-    ending = content["file_ending"]
+    preprocessor = Preprocessor(model)
+    ending = model.dataset_json["file_ending"]
     images = find_cases(data.images, ending, model.input_channels)
     labels = {} if data.labels is None else find_segmentations(data.labels, ending)
     names = data.chosen(list(images), fold)
-    folder = destination / configuration.data_identifier
+    folder = destination / preprocessor.configuration.data_identifier
     folder.mkdir(parents=True, exist_ok=True)
     if not (destination / FINGERPRINT).exists():
         source = model.path / FINGERPRINT
@@ -146,22 +143,11 @@ def prepare_cases(
             continue
         if data.labels is not None and name not in labels:
             raise SegmentationError(f"case {name} of {data.images} has no label in {data.labels}; add it")
-        files = [str(file) for file in images[name]]
-        try:
-            volume, segmentation, properties = preprocessor.run_case(
-                files, str(labels[name]) if labels else None, manager, configuration, content
-            )
-        except (RuntimeError, OSError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
-            raise ImageError(
-                f"case {name} cannot be read or preprocessed ({reason}); check {', '.join(files)}"
-            ) from error
-        if not np.isfinite(volume).all():
-            raise ImageError(f"case {name} holds NaN or infinite values; repair it or leave it out")
+        volume, segmentation, properties = preprocessor.run(name, images[name], labels.get(name))
         if not labels:
             segmentation = _segment(predictor, volume)
-            properties["class_locations"] = _foreground(preprocessor, manager, content, segmentation)
-        blocks = _blocks(volume, segmentation, configuration.patch_size)
+            properties["class_locations"] = preprocessor.foreground(segmentation)
+        blocks = _blocks(volume, segmentation, preprocessor.configuration.patch_size)
         with tempfile.TemporaryDirectory(prefix=".case-", dir=destination) as partial:
             nnUNetDatasetBlosc2.save_case(
                 volume.astype(np.float32),
@@ -185,13 +171,6 @@ def _segment(predictor: nnUNetPredictor, volume: np.ndarray) -> np.ndarray:
         )
     labels = predictor.label_manager.convert_logits_to_segmentation(logits)
     return np.asarray(labels)[None]
-
-
-def _foreground(preprocessor, manager, content: dict, segmentation: np.ndarray) -> dict:
-    """Where each class is, which the loader draws patches around; as nnU-Net's preprocessing finds it."""
-    labels = manager.get_label_manager(content)
-    wanted = list(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
-    return preprocessor._sample_foreground_locations(segmentation, wanted)
 
 
 def _blocks(volume: np.ndarray, segmentation: np.ndarray, patch: Sequence[int]) -> dict:
