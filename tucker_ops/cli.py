@@ -141,6 +141,12 @@ def compress(
         float | None,
         typer.Option("--macs", help="Budget of multiply-accumulates: a fraction up to 1, else a number."),
     ] = None,
+    latency_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--latency-ms", help="Budget of milliseconds for one patch, timed on this machine's CPU."
+        ),
+    ] = None,
     min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
     align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
     policy: Annotated[
@@ -214,7 +220,7 @@ def compress(
     from tucker_ops.nnunet.folder import find_model_folders
     from tucker_ops.nnunet.tables import plan_table, summary_table
 
-    budget = {"factor": factor, "energy": energy, "params": params, "macs": macs}
+    budget = {"factor": factor, "energy": energy, "params": params, "macs": macs, "latency_ms": latency_ms}
     budget = {name: value for name, value in budget.items() if value is not None}
     if policy is Policy.weber2024:
         if (

@@ -11,14 +11,15 @@ from typing import Any
 from tucker_ops.errors import ConfigError
 
 VERSION = 1
-POLICIES = ("factor", "energy", "params", "macs")
+POLICIES = ("factor", "energy", "params", "macs", "latency_ms")
+BUDGETS = ("params", "macs", "latency_ms")
 
 
 @dataclass(frozen=True)
 class CompressionConfig:
     """How ranks are chosen, and which convolutions are left dense.
 
-    Exactly one of the four policies; factor=0.5 where none is given:
+    Exactly one of the five policies; factor=0.5 where none is given:
         factor: in (0, 1]; rank = channels·factor to the nearest multiple of `align` (ties up), or to the next
             one where `rounding` is "ceil", then clamped to [min_rank, channels].
         energy: in (0, 1]; per layer and mode the least multiple of `align` that keeps this share of the
@@ -26,7 +27,9 @@ class CompressionConfig:
         params: parameters of the whole network; up to 1 a fraction of the dense network's, above it absolute.
         macs: multiply-accumulates of all convolutions for one input; read like `params`. Absolute values
             need `input_shape` in `plan`.
-    The last two share one budget out among all layers, where it keeps most of the weights' energy per unit.
+        latency_ms: milliseconds of one forward pass, by times of the layers that `plan` is given.
+    The last three share one budget out among all layers, where it keeps most of the weights' energy per unit, or of
+    what a calibration found to matter.
 
     Left dense, apart from what cannot be factorised:
         only_if_cheaper: layers whose factorised form is not cheaper in both parameters and MACs.
@@ -42,6 +45,7 @@ class CompressionConfig:
     energy: float | None = None
     params: float | None = None
     macs: float | None = None
+    latency_ms: float | None = None
     min_rank: int = 8
     align: int = 8
     rounding: str = "nearest"
@@ -87,7 +91,7 @@ class CompressionConfig:
 
     @property
     def policy(self) -> str:
-        """The one of "factor", "energy", "params" and "macs" that is set."""
+        """The one of "factor", "energy", "params", "macs" and "latency_ms" that is set."""
         return next(name for name in POLICIES if getattr(self, name) is not None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tucker_ops.convert import rules
 from tucker_ops.convert.calibrate import Calibration
 from tucker_ops.convert.config import CompressionConfig, check_version
 from tucker_ops.convert.modules import all_names, convolutions, describe
-from tucker_ops.convert.policy import choose_ranks
+from tucker_ops.convert.policy import LatencyOf, choose_ranks
 from tucker_ops.convert.trace import Trace, probe_and_trace, trace
 from tucker_ops.cost import Cost, Voxels, dense_cost, one_pass_cost, three_conv_cost
 from tucker_ops.decompose import Spectrum, Weighting, spectrum
@@ -140,6 +140,7 @@ def plan(
     *,
     input_shape: Sequence[int] | None = None,
     calibration: Calibration | None = None,
+    latency: LatencyOf | None = None,
 ) -> Plan:
     """Decide what becomes of every convolution in `model`, which is not changed.
 
@@ -150,6 +151,8 @@ def plan(
             model cannot be run on a guess, layers are judged by structure alone and `Plan.notes` says so.
         calibration: what matters to the model's output, from `tucker_ops.calibrate`. Kernels are then truncated in
             its metric, and budgets spent where they lower the expected loss in nats most.
+        latency: latency(name, ranks) in milliseconds of a layer at ranks, or dense where they are None; what a budget
+            of `latency_ms` is counted in.
 
     One forward pass is traced on the meta device to learn which layers run, in what order and at what size;
     nothing is computed. Raises ConfigError for a budget that cannot be met, an unused `exclude` pattern, or
@@ -170,6 +173,12 @@ def plan(
         raise ConfigError(
             f"macs={config.macs:g} counts the MACs of one input, whose size is not known; pass "
             "input_shape, as in plan(model, config, input_shape=(1, 1, 128, 128, 128))"
+        )
+
+    if config.policy == "latency_ms" and latency is None:
+        raise ConfigError(
+            "latency_ms counts times measured on this machine, which plan(..., latency=...) must be given; for an "
+            "nnU-Net tucker-ops compress --latency-ms measures them"
         )
 
     owned_by = rules.owners(model)
@@ -200,7 +209,7 @@ def plan(
         size = _itemsize(convs[name])
         return _sum([cost(spec, ranks, v, batch=n, itemsize=size) for n, v in voxels[name]])
 
-    layers = choose_ranks(layers, spectra, tucker, total_params, config)
+    layers = choose_ranks(layers, spectra, tucker, total_params, config, latency)
     if all(layer.ranks is None for layer in layers.values()):
         notes.append(f"no layer is factorised: all {len(layers)} convolutions stay dense, see the reasons")
     return Plan(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tucker_ops.convert.config import CompressionConfig
+from tucker_ops.convert.config import BUDGETS, CompressionConfig
 from tucker_ops.convert.rules import not_cheaper
 from tucker_ops.cost import Cost
 from tucker_ops.decompose import Spectrum
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Ranks = tuple[int, int]
 CostOf = Callable[[str, Ranks], Cost]
+# Milliseconds that a layer takes at ranks, or dense (None), all its runs of one forward pass together.
+LatencyOf = Callable[[str, Ranks | None], float]
 
 
 def choose_ranks(
@@ -30,6 +32,7 @@ def choose_ranks(
     tucker: CostOf,
     total_params: int,
     config: CompressionConfig,
+    latency: LatencyOf | None = None,
 ) -> dict[str, LayerPlan]:
     """`layers` with ranks, cost and expected error, or a reason, for each of the layers in `spectra`.
 
@@ -42,8 +45,8 @@ def choose_ranks(
             f"{config.policy}= chooses ranks by the weights, but those of {absent[0]} are on the meta "
             "device; load the weights first, or use factor="
         )
-    if config.policy in ("params", "macs"):
-        chosen = _by_budget(layers, spectra, tucker, total_params, config)
+    if config.policy in BUDGETS:
+        chosen = _by_budget(layers, spectra, tucker, total_params, config, latency)
     else:
         chosen = {name: _by_rule(layers[name], values, config) for name, values in spectra.items()}
 
@@ -81,24 +84,42 @@ def _by_budget(
     tucker: CostOf,
     total_params: int,
     config: CompressionConfig,
+    latency: LatencyOf | None,
 ) -> dict[str, Ranks | str]:
     """Ranks, or the reason to stay dense, of each layer under one budget for the whole network."""
     unit = config.policy
     asked = getattr(config, unit)
-    total = total_params if unit == "params" else sum(layer.dense.macs for layer in layers.values())
-    budget = asked * total if asked <= 1 else asked
-    fixed = total - sum(getattr(layers[name].dense, unit) for name in spectra)
+
+    def price(name: str, ranks: Ranks | None) -> float:
+        if unit == "latency_ms":
+            return latency(name, ranks)
+        return getattr(layers[name].dense if ranks is None else tucker(name, ranks), unit)
+
+    if unit == "latency_ms":
+        # Only layers that can change have times; what the rest takes is the measurer's to take off.
+        total = sum(price(name, None) for name in spectra)
+    else:
+        total = total_params if unit == "params" else sum(layer.dense.macs for layer in layers.values())
+    budget = asked * total if asked <= 1 and unit != "latency_ms" else asked
+    fixed = total - sum(price(name, None) for name in spectra)
 
     choices: dict[str, list[Ranks | None]] = {}
     options: list[Options] = []
     for name, values in spectra.items():
         layer = layers[name]
-        choices[name], option = _options(layer, values, lambda r, name=name: tucker(name, r), config)
+        costs = (lambda r, name=name: tucker(name, r), lambda r, name=name: price(name, r))
+        choices[name], option = _options(layer, values, *costs, config)
         options.append(option)
 
     picked = allocate(options, budget - fixed)
     if picked is None:
-        least = fixed + int(sum(option.cost.min() for option in options))
+        least = fixed + sum(option.cost.min() for option in options)
+        if unit == "latency_ms":
+            raise ConfigError(
+                f"latency_ms={asked:g} is less than the {least:.1f} ms that the layers take at least with min_rank "
+                f"{config.min_rank}; ask for more, or lower min_rank"
+            )
+        least = int(least)
         share = math.ceil(1e4 * least / total) / 1e4
         raise ConfigError(
             f"{unit}={asked:g} asks for at most {int(budget):,} {unit} of the dense network's {total:,}, but "
@@ -117,7 +138,11 @@ def _by_budget(
 
 
 def _options(
-    layer: LayerPlan, values: Spectrum, tucker: Callable[[Ranks], Cost], config: CompressionConfig
+    layer: LayerPlan,
+    values: Spectrum,
+    tucker: Callable[[Ranks], Cost],
+    price: Callable[[Ranks | None], float],
+    config: CompressionConfig,
 ) -> tuple[list[Ranks | None], Options]:
     """Every pair of ranks the layer may take, and None for staying dense, with cost and error.
 
@@ -137,14 +162,13 @@ def _options(
     pairs: list[Ranks | None] = []
     cost, error = [], []
     for ranks in product(*grids):
-        price = tucker(ranks)
-        if config.only_if_cheaper and not_cheaper(layer.dense, price, ranks) is not None:
+        if config.only_if_cheaper and not_cheaper(layer.dense, tucker(ranks), ranks) is not None:
             continue
         pairs.append(ranks)
-        cost.append(getattr(price, config.policy))
+        cost.append(price(ranks))
         error.append(float(lost[ranks[0] - 1, ranks[1] - 1]))
     if config.only_if_cheaper:
         pairs.append(None)
-        cost.append(getattr(layer.dense, config.policy))
+        cost.append(price(None))
         error.append(0.0)
     return pairs, Options(np.array(cost, dtype=np.float64), np.array(error))

@@ -35,6 +35,7 @@ from tucker_ops.nnunet.folder import (
     patch_error,
     read_model_folder,
 )
+from tucker_ops.nnunet.latency import plan_for_latency
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, Totals, installed_versions
 from tucker_ops.nnunet.networks import build_network, check_architecture, tucker_architecture
 from tucker_ops.nnunet.staging import Staging, check_destination, staged_folder
@@ -75,7 +76,7 @@ def plan_folder(
     calibration = None
     if calibrate is not None:
         calibration = calibrate_network(network, source, calibrate, progress=progress)
-    return _plan(source, network, config, calibration)
+    return _plan(source, network, config, calibration, progress)
 
 
 def compress_folder(
@@ -243,7 +244,7 @@ class _Compression:
         calibration = self._calibrate(network, fold)
         if self.plan is None:
             self._report("choosing ranks", 0, 1)
-            self.plan = _plan(self.source, network, self.config, calibration)
+            self.plan = _plan(self.source, network, self.config, calibration, self.progress)
             self.architecture = tucker_architecture(self.source.architecture, self.plan.ranks)
         layers = len(self.plan.ranks)
         network, self.errors[str(fold)] = convert.apply_with_report(
@@ -317,10 +318,18 @@ def _load_network(folder: ModelFolder, weights: Mapping[str, torch.Tensor]) -> n
 
 
 def _plan(
-    source: ModelFolder, network: nn.Module, config: CompressionConfig, calibration: Calibration | None = None
+    source: ModelFolder,
+    network: nn.Module,
+    config: CompressionConfig,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
+    shape = input_shape(source)
     try:
-        plan = convert.plan(network, config, input_shape=input_shape(source), calibration=calibration)
+        if config.policy == "latency_ms":
+            plan, _ = plan_for_latency(network, config, shape, calibration, progress=progress)
+        else:
+            plan = convert.plan(network, config, input_shape=shape, calibration=calibration)
     except ConversionError as error:
         if not isinstance(error.__cause__, Exception):
             raise
