@@ -440,6 +440,88 @@ def evaluate(
 
 
 @app.command()
+def sweep(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of models, predictions, table and plot.")
+    ],
+    images: Annotated[Path, typer.Option("--images", help="Images to judge on, named as for prediction.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            "--labels", help="Their labels; without, what counts is agreement with the dense model."
+        ),
+    ] = None,
+    params: Annotated[str | None, typer.Option("--params", help="Budgets, as 0.5,0.3,0.1.")] = None,
+    macs: Annotated[str | None, typer.Option("--macs", help="Budgets, as 0.5,0.3,0.1.")] = None,
+    factor: Annotated[str | None, typer.Option("--factor", help="Factors, as 0.5,0.3.")] = None,
+    latency_ms: Annotated[
+        str | None, typer.Option("--latency-ms", help="Budgets of milliseconds a patch.")
+    ] = None,
+    weber2024: Annotated[
+        str | None, typer.Option("--weber2024", help="Factors of the published rule.")
+    ] = None,
+    min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
+    align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option("--calibrate", help="A few unlabelled images by which to judge what matters."),
+    ] = None,
+    calibrate_case: Annotated[
+        list[str] | None, typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it.")
+    ] = None,
+    calibrate_patches: Annotated[
+        int, typer.Option("--calibrate-patches", help="Random patches of them.")
+    ] = 16,
+    fold: Annotated[
+        str | None, typer.Option("--fold", "-f", help="Fold to use [default: the first].")
+    ] = None,
+    checkpoint: CheckpointOption = "checkpoint_final.pth",
+    device: DeviceOption = "cpu",
+    trust_checkpoint: TrustOption = False,
+) -> None:
+    """Compress to several budgets, judge each, and show what is lost against parameters, MACs and time.
+
+    Interrupted, the same command goes on where it was; further budgets add to what is there.
+
+    Example: tucker-ops sweep dense_model -o sweep --images imagesTs --labels labelsTs --calibrate imagesTr
+    --params 0.5,0.3,0.1
+    """
+    from tucker_ops.convert import CompressionConfig
+    from tucker_ops.nnunet.calibration import CalibrationSet
+    from tucker_ops.nnunet.sweep import sweep_folder
+    from tucker_ops.nnunet.sweep.output import sweep_table, write_sweep
+
+    asked = {"params": params, "macs": macs, "factor": factor, "latency_ms": latency_ms}
+    configs = [
+        CompressionConfig(**{policy: value}, min_rank=min_rank, align=align)
+        for policy, text in asked.items()
+        for value in _numbers(policy, text)
+    ]
+    configs += [CompressionConfig.weber2024(value) for value in _numbers("weber2024", weber2024)]
+    data = None
+    if calibrate is not None:
+        data = CalibrationSet(calibrate, tuple(calibrate_case) if calibrate_case else None, calibrate_patches)
+    with case_progress("Sweeping") as progress:
+        result = sweep_folder(
+            model, output, images, configs, labels=labels, calibrate=data, fold=fold, checkpoint=checkpoint,
+            device=device, trust=trust_checkpoint, progress=progress,
+        )  # fmt: skip
+    write_sweep(result)
+    console().print(sweep_table(result).rich())
+    console().print(f"Written to {output}: sweep.md, sweep.png, and the models", soft_wrap=True)
+
+
+def _numbers(name: str, text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {text!r} given; it is numbers with commas between"
+        ) from None
+
+
+@app.command()
 def finetune(
     model: ModelArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the fine-tuned model.")],

@@ -1,0 +1,84 @@
+"""The accuracy study: who sees which cases, and what its results look like."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("nnunetv2")
+
+from bench.accuracy import output
+from bench.accuracy.sources import Sources, calibration_cases, linked, subject
+from bench.accuracy.study import Options, write_rows
+from tucker_ops.errors import ConfigError
+from tucker_ops.nnunet.training import TrainingSet
+
+
+@pytest.fixture
+def sources(shared_dir):
+    return Sources(shared_dir)
+
+
+def test_nothing_sees_a_subject_that_is_validated_on(sources):
+    """Calibration, choice of ranks and fine-tuning; both sides of a subject are on one side of the split."""
+    validation = sources.cases("val")
+    assert len(validation) == 39
+    available = [p.name.removesuffix("_0000.nii.gz") for p in sources.images.iterdir()]
+    data = TrainingSet(images=sources.images, labels=sources.labels, splits=sources.splits)
+    seen = {
+        "calibration": calibration_cases(sources, Options().calibration_cases),
+        "fine-tuning": data.chosen(available, 0),
+    }
+    assert len(seen["calibration"]) == len(set(seen["calibration"])) == Options().calibration_cases
+    assert len(seen["fine-tuning"]) == 161
+    for cases in seen.values():
+        assert set(cases) <= set(sources.cases("train"))
+        assert not set(cases) & set(validation)
+        assert not {subject(c) for c in cases} & {subject(c) for c in validation}
+
+
+def test_subjects():
+    assert subject("hippocampus_001") == subject("hippocampus_002") != subject("hippocampus_003")
+    assert subject("hippocampus_123") == subject("hippocampus_150")
+
+
+def test_absent_sources_and_links(tmp_path):
+    with pytest.raises(ConfigError, match=r"does not exist; the study needs .* --sources"):
+        Sources(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    for _ in range(2):
+        folder = linked({"b.txt": tmp_path / "a.txt"}, tmp_path / "links")
+    assert (folder / "b.txt").read_text() == "x"
+
+
+def rows():
+    size = {"of_dense": 0.123, "macs_of_dense": 0.2, "factor": 0.3, "steps": 0}
+    compared = {
+        "mean_drop": 0.004,
+        "mean_drop_interval": [0.001, 0.006],
+        "worst_class_drop": 0.005,
+        "classes": {"anterior": {"p_holm": 0.02}, "posterior": {"p_holm": 0.3}},
+    }
+    hippocampus = {"data": "hippocampus", "dice": 0.867, "nsd": 0.95, "dice_per_case": {"a": {"anterior": 1}}}
+    ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "other_half": 0.96, "other_half_worst": 0.8}
+    return [
+        hippocampus | size | {"policy": "dense", "of_dense": 1.0},
+        hippocampus | size | {"policy": "calibrated"} | compared,
+        hippocampus | size | {"policy": "calibrated", "steps": 200} | compared,
+        {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31} | size | ct,
+    ]
+
+
+def test_page_plot_and_rows(tmp_path):
+    about = {"cpu": "some", "cores": 2, "torch": "2", "commit": "abc"}
+    text = output.markdown(rows(), about, {"steps": 200}, 12.4)
+    assert (
+        "| 0.3 | calibrated | 200 | 12.3% | 20.0% | 0.8670 | 0.9500 | 0.0040 | +0.0010 to +0.0060 |" in text
+    )
+    assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "12 minutes" in text
+    output.plot(rows(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    write_rows(rows(), tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert len(written) == 4 and all("dice_per_case" not in row for row in written)
