@@ -9,10 +9,16 @@ import pytest
 pytest.importorskip("nnunetv2")
 
 from bench.accuracy import output
-from bench.accuracy.sources import Sources, calibration_cases, linked, subject
+from bench.accuracy.sources import Sources, calibration_cases, linked
 from bench.accuracy.study import Options, write_rows
 from tucker_ops.errors import ConfigError
 from tucker_ops.nnunet.training import TrainingSet
+
+
+def subject(case: str) -> int:
+    """Whose hippocampus it is: cases 2k-1 and 2k are both sides of one scan, and 123 goes with 150."""
+    number = int(case.removeprefix("hippocampus_"))
+    return {123: -1, 150: -1}.get(number, (number + 1) // 2)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from tucker_ops.errors import ConfigError, TuckerOpsError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from tucker_ops.nnunet.calibration import CalibrationSet
     from tucker_ops.nnunet.compare import Gate
 
 app = typer.Typer(
@@ -76,6 +77,24 @@ def _gate(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
     given = {"max_drop": max_drop, "max_class_drop": max_class_drop}
     given = {name: value for name, value in given.items() if value is not None}
     return Gate(**given) if given else None
+
+
+def _calibration_set(
+    folder: Path | None, cases: list[str] | None, patches: int | None, splits: Path | None
+) -> CalibrationSet | None:
+    """What --calibrate and its companions ask for."""
+    from tucker_ops.nnunet.calibration import CalibrationSet
+
+    given = {"cases": tuple(cases) if cases else None, "patches": patches, "splits": splits}
+    given = {name: value for name, value in given.items() if value is not None}
+    if folder is not None:
+        return CalibrationSet(folder, **given)
+    if given:
+        raise ConfigError(
+            f"--calibrate-{', --calibrate-'.join(given)} is of the images of --calibrate, which is missing; give the "
+            "folder"
+        )
+    return None
 
 
 def _extents(text: str) -> tuple[int, ...]:
@@ -168,9 +187,16 @@ def compress(
         list[str] | None,
         typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it [default: all]."),
     ] = None,
+    calibrate_splits: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate-splits", help="splits_final.json: calibrate each fold on its training cases only."
+        ),
+    ] = None,
     calibrate_patches: Annotated[
-        int, typer.Option("--calibrate-patches", help="Random patches to calibrate on.")
-    ] = 16,
+        int | None,
+        typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
+    ] = None,
     check_images: Annotated[
         Path | None,
         typer.Option("--check-images", help="Images to predict with both models before anything is written."),
@@ -214,7 +240,6 @@ def compress(
     import torch
 
     from tucker_ops.convert import CompressionConfig
-    from tucker_ops.nnunet.calibration import CalibrationSet
     from tucker_ops.nnunet.check import AccuracyCheck
     from tucker_ops.nnunet.compress import compress_tree, plan_folder
     from tucker_ops.nnunet.folder import find_model_folders
@@ -242,14 +267,7 @@ def compress(
             skip_transposed=skip_transposed,
             only_if_cheaper=not keep_expensive,
         )
-    images = None
-    if calibrate is not None:
-        cases = tuple(calibrate_case) if calibrate_case else None
-        images = CalibrationSet(calibrate, cases=cases, patches=calibrate_patches)
-    elif calibrate_case:
-        raise ConfigError(
-            "--calibrate-case names cases of --calibrate, which is missing; give the folder of images"
-        )
+    images = _calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
     gate = _gate(max_drop, max_class_drop)
     check = None
     if check_images is not None:
@@ -470,9 +488,16 @@ def sweep(
     calibrate_case: Annotated[
         list[str] | None, typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it.")
     ] = None,
+    calibrate_splits: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate-splits", help="splits_final.json: calibrate on the fold's training cases only."
+        ),
+    ] = None,
     calibrate_patches: Annotated[
-        int, typer.Option("--calibrate-patches", help="Random patches of them.")
-    ] = 16,
+        int | None,
+        typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
+    ] = None,
     fold: Annotated[
         str | None, typer.Option("--fold", "-f", help="Fold to use [default: the first].")
     ] = None,
@@ -488,7 +513,6 @@ def sweep(
     --params 0.5,0.3,0.1
     """
     from tucker_ops.convert import CompressionConfig
-    from tucker_ops.nnunet.calibration import CalibrationSet
     from tucker_ops.nnunet.sweep import sweep_folder
     from tucker_ops.nnunet.sweep.output import sweep_table, write_sweep
 
@@ -499,9 +523,7 @@ def sweep(
         for value in _numbers(policy, text)
     ]
     configs += [CompressionConfig.weber2024(value) for value in _numbers("weber2024", weber2024)]
-    data = None
-    if calibrate is not None:
-        data = CalibrationSet(calibrate, tuple(calibrate_case) if calibrate_case else None, calibrate_patches)
+    data = _calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
     with case_progress("Sweeping") as progress:
         result = sweep_folder(
             model, output, images, configs, labels=labels, calibrate=data, fold=fold, checkpoint=checkpoint,

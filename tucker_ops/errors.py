@@ -41,6 +41,10 @@ class AccuracyError(TuckerOpsError, ValueError):
     """A compressed model that loses more accuracy than was allowed."""
 
 
+class ResumeError(ConfigError):
+    """What an interrupted run left, which does not fit the arguments of the one that would go on from it."""
+
+
 class ConversionError(TuckerOpsError, ValueError):
     """A plan that does not fit the model it is applied to, or a layer that cannot be factorised."""
 

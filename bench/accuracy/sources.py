@@ -55,12 +55,6 @@ class Sources:
         return list(json.loads(self.splits.read_text())[fold][part])
 
 
-def subject(case: str) -> int:
-    """Whose hippocampus it is: cases 2k-1 and 2k are both sides of one scan, and 123 goes with 150."""
-    number = int(case.removeprefix("hippocampus_"))
-    return {123: -1, 150: -1}.get(number, (number + 1) // 2)
-
-
 def calibration_cases(sources: Sources, count: int) -> list[str]:
     """`count` training cases of fold 0, evenly from the list."""
     train = sources.cases("train")

@@ -12,6 +12,7 @@ import torch
 
 from bench.accuracy.sources import Sources, calibration_cases, linked
 from tucker_ops.convert import Calibration, CompressionConfig
+from tucker_ops.errors import ResumeError
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
 from tucker_ops.nnunet.compare import compare_tables
 from tucker_ops.nnunet.compress import compress_folder, load_network, plan_folder
@@ -117,6 +118,13 @@ class _Part:
         )
         return target
 
+    def finetune(self, *arguments: Any, **options: Any) -> None:
+        """Goes on from what an interrupted run left, unless that was of another model or other settings."""
+        try:
+            finetune_folder(*arguments, **options, force=True)
+        except ResumeError:
+            finetune_folder(*arguments, **options, force=True, restart=True)
+
     def size(self, model: Path) -> dict[str, Any]:
         manifest = read_manifest(model)
         return {
@@ -221,9 +229,7 @@ class _Hippocampus(_Part):
                 if label == "training" and done % every == 0:
                     self.log(f"{name}: step {done} of {total}, {time.perf_counter() - start:.0f} s")
 
-            finetune_folder(
-                model, target, data, settings, teacher=self.sources.hippocampus, force=True, progress=progress
-            )
+            self.finetune(model, target, data, settings, teacher=self.sources.hippocampus, progress=progress)
             seconds = time.perf_counter() - start
             return {"seconds": seconds} | self._judge(self.predicted(name, target, self.images, 0))
 
@@ -350,10 +356,8 @@ class _CT(_Part):
         def make():
             self.log(f"{name}: {settings.steps} steps")
             start = time.perf_counter()
-            finetune_folder(
-                model, target, TrainingSet(images=half), settings, teacher=self.sources.ct_model, folds=("all",),
-                force=True,
-            )  # fmt: skip
+            data = TrainingSet(images=half)
+            self.finetune(model, target, data, settings, teacher=self.sources.ct_model, folds=("all",))
             seconds = time.perf_counter() - start
             self.predicted(name, target, self.images, "all")
             return {"seconds": seconds} | self._judge(name)

@@ -209,6 +209,16 @@ def test_inputs_that_cannot_be(inputs, message):
         calibrate(tiny(), inputs)
 
 
+class NoGradient(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1)
+
+    @torch.no_grad()
+    def forward(self, x):
+        return self.conv(x)
+
+
 def test_other_errors():
     x = torch.randn(1, 2, 8, 8)
     with pytest.raises(ConfigError, match="likelihood"):
@@ -219,6 +229,8 @@ def test_other_errors():
         calibrate(tiny(outputs=1), [x])
     with pytest.raises(CalibrationError, match="gradient is zero"):
         calibrate(nn.Sequential(nn.Conv2d(2, 3, 1, bias=False)), [torch.zeros(1, 2, 4, 4)])
+    with pytest.raises(CalibrationError, match="switch gradients off"):
+        calibrate(NoGradient(), [x])
     with pytest.raises(CalibrationError, match="contains no convolution"):
         calibrate(nn.Sequential(nn.Linear(2, 2)), [x])
     assert calibrate(tiny(outputs=1), [x], likelihood="sigmoid").samples == 2

@@ -71,8 +71,36 @@ def test_preprocessed_cases_and_chosen_ones(tmp_path, tiny_model, images):
         for where in (folder, images)
     }
     assert len(digests) == 1
-    with pytest.raises(ConfigError, match=r"has no case z; it holds a, b"):
+    with pytest.raises(ConfigError, match="has no case z; it holds a, b"):
         calibrate_network(network, source, CalibrationSet(images, cases=("z",)))
+
+
+def test_validation_cases_are_left_out(tmp_path, images):
+    """Fold by fold: what would stop the run, should it open it, is each fold's validation case."""
+    model = make_model(tmp_path / "model", folds=(0, 1))
+    splits = tmp_path / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
+    manifest = compress_folder(
+        model, tmp_path / "out", SMALL, calibrate=CalibrationSet(images, splits=splits)
+    )
+    assert "from 1 cases" in manifest.calibration["source"]
+    with pytest.raises(ConfigError, match="b is a validation case of fold 0; calibrate on others"):
+        plan_folder(
+            model, SMALL, folds=(0,), calibrate=CalibrationSet(images, cases=("a", "b"), splits=splits)
+        )
+    (images / "b_0000.nii.gz").write_bytes(b"not to be opened")
+    plan_folder(model, SMALL, folds=(0,), calibrate=CalibrationSet(images, splits=splits))
+    with pytest.raises(ImageError):
+        plan_folder(model, SMALL, folds=(1,), calibrate=CalibrationSet(images, splits=splits))
+
+
+def test_a_damaged_preprocessed_case(tmp_path, tiny_model):
+    folder = tmp_path / "pre"
+    folder.mkdir()
+    for name in ("a.pkl", "a.b2nd", "a_seg.b2nd"):
+        (folder / name).write_bytes(b"damaged")
+    with pytest.raises(ImageError, match=r"case a of .* preprocess it anew"):
+        plan_folder(tiny_model, SMALL, calibrate=CalibrationSet(folder))
 
 
 def test_a_patch_that_would_not_fit_is_shortened(tmp_path):
@@ -154,7 +182,7 @@ def test_command_line(tmp_path, tiny_model, images, shell):  # noqa: F811
     for options, message in (
         (["--policy", "weber2024", "--params", 0.3], "fixes every choice but --factor"),
         (["--policy", "weber2024", "--calibrate", images], "fixes every choice"),
-        (["--calibrate-case", "a"], "--calibrate, which is missing"),
+        (["--calibrate-case", "a"], "which is missing; give the folder"),
         (["--max-drop", 0.1], "give --check-images"),
     ):
         code, _, err = shell("compress", tiny_model, "-o", tmp_path / "c", *options)

@@ -36,6 +36,21 @@ def test_surface_dice_of_moved_cubes(spacing):
     assert surface_dice(cube((20, 20, 20), (17, 17, 17), (20, 20, 20)), far, spacing, 1.0) == 0
 
 
+def test_surface_of_slices(tmp_path):
+    """nnU-Net's readers give 2D images a spacing of 999 along the axis that they do not have."""
+    (tmp_path / "dataset.json").write_text(
+        json.dumps(
+            {"labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz", "channel_names": {"0": "x"}}
+        )
+    )
+    first, second = np.zeros((1, 20, 20), np.uint8), np.zeros((1, 20, 20), np.uint8)
+    first[0, 2:6, 2:6], second[0, 12:16, 12:16] = 1, 1
+    for name, array in (("p", first), ("r", second), ("s", first)):
+        write(tmp_path / name / "x.nii.gz", array, (1.0, 1.0, 999.0))
+    apart, same = (evaluate_folder(tmp_path / "p", tmp_path / n, nsd_tolerance="voxel") for n in ("r", "s"))
+    assert float(apart.nsd_per_case.iloc[0, 0]) == 0 and float(same.nsd_per_case.iloc[0, 0]) == 1
+
+
 def test_surface_dice_of_nothing():
     empty, some = np.zeros((4, 4, 4), dtype=bool), cube((4, 4, 4), (1, 1, 1), (3, 3, 3))
     assert np.isnan(surface_dice(empty, empty, (1, 1, 1), 1))
@@ -85,6 +100,30 @@ def test_few_cases_equal_models_and_absent_classes():
     assert list(compare_tables(dense, compressed).classes.index) == ["head", "tail"]
     with pytest.raises(SegmentationError, match="nothing to compare"):
         compare_tables(dense[["never there"]], compressed[["never there"]])
+
+
+def test_a_class_that_compression_invents_is_lost():
+    """The dense model rightly sees no tail in three of six cases, where the compressed one does."""
+    dense = pd.DataFrame({"head": [0.9] * 6, "tail": [0.8] * 3 + [np.nan] * 3})
+    compressed = pd.DataFrame({"head": [0.9] * 6, "tail": [0.8] * 3 + [0.0] * 3})
+    result = compare_tables(dense, compressed)
+    assert result.classes.loc["tail", "drop"] == pytest.approx(0.5)
+    assert result.classes.loc["tail", "cases"] == 6
+    assert Gate(0.5, 0.4).failures(result) and not Gate(0.5, 0.4).failures(compare_tables(compressed, dense))
+    # All through: without it there would be nothing to compare.
+    dense["tail"] = np.nan
+    assert compare_tables(dense, compressed.assign(tail=0.0)).classes.loc["tail", "drop"] == 1
+
+
+def test_the_interval_of_the_mean_is_of_the_mean():
+    """A rare class weighs as much as the others, in the mean as in its interval."""
+    generator = np.random.default_rng(1)
+    dense = pd.DataFrame(generator.uniform(0.8, 0.9, (30, 2)), columns=["head", "tail"])
+    compressed = dense - np.array([0.0, 0.2]) - generator.normal(0, 0.01, (30, 2))
+    dense.loc[6:, "tail"] = compressed.loc[6:, "tail"] = np.nan
+    result = compare_tables(dense, compressed)
+    assert result.mean_low < result.mean_drop < result.mean_high
+    assert result.mean_drop == pytest.approx(0.1, abs=0.02) and result.mean_high - result.mean_low < 0.03
 
 
 def test_gate():

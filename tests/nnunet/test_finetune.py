@@ -18,7 +18,14 @@ from tiny import make_model, write_image
 from torch.nn import functional as F
 
 from tucker_ops.convert import CompressionConfig
-from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError, SegmentationError
+from tucker_ops.errors import (
+    ConfigError,
+    DeviceError,
+    ModelFolderError,
+    OutputExistsError,
+    ResumeError,
+    SegmentationError,
+)
 from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.compress import compress_folder
 from tucker_ops.nnunet.folder import read_model_folder
@@ -158,6 +165,9 @@ def test_validation_cases_are_never_opened(tmp_path, images, labels, tiny_model,
         compressed, tmp_path / "again", TrainingSet(preprocessed=folder), QUICK, teacher=tiny_model
     )
     assert summary.cases == {0: ("a",)}
+    named = TrainingSet(images=images, labels=labels, splits=splits, cases=("b",))
+    with pytest.raises(ConfigError, match="b is a validation case of fold 0; train on others"):
+        finetune_folder(compressed, tmp_path / "c", named, QUICK, teacher=tiny_model)
     splits.write_text(json.dumps([{"train": ["a", "b"], "val": ["b"]}]))
     with pytest.raises(ConfigError, match="b in training and validation of fold 0"):
         finetune_folder(compressed, tmp_path / "c", data, QUICK, teacher=tiny_model)
@@ -191,7 +201,7 @@ def test_killed_and_resumed(tmp_path, images, labels, tiny_model, compressed):
     data = TrainingSet(images=images, labels=labels)
     # Other arguments are not mixed into it.
     other = FinetuneSettings(steps=step + 2, steps_per_epoch=2, batch_size=2, precision="fp32")
-    with pytest.raises(ConfigError, match=r"left of a run with another settings.*--restart"):
+    with pytest.raises(ResumeError, match=r"left of a run with another settings.*--restart"):
         finetune_folder(compressed, output, data, other, teacher=tiny_model)
     # As if the run had been asked for a few steps more than it did: the schedule's end is near.
     state = tmp_path / "tuned.training" / "finetuning.json"
@@ -234,6 +244,60 @@ def test_a_resumed_run_goes_on_with_weights_and_optimizer(tmp_path, images, labe
         summary = finetune_folder(compressed, tmp_path / "a", data, QUICK, teacher=tiny_model, force=True)
     assert summary.resumed_at == {0: 2}
     assert seen[0][:2] == (2, 1) and seen[0][2] > 20
+
+
+def test_another_teacher_or_split_does_not_resume(tmp_path, images, labels, tiny_model, compressed):
+    data = TrainingSet(images=images, labels=labels)
+    finetune_folder(compressed, tmp_path / "a", data, QUICK, teacher=tiny_model, keep_training=True)
+    other = make_model(tmp_path / "elsewhere" / tiny_model.name)
+    with pytest.raises(ResumeError, match="another teacher"):
+        finetune_folder(compressed, tmp_path / "a", data, QUICK, teacher=other, force=True)
+    write_image(images / "a_0000.nii.gz", (32, 30, 16), seed=9)
+    with pytest.raises(ResumeError, match="another data"):
+        finetune_folder(compressed, tmp_path / "a", data, QUICK, teacher=tiny_model, force=True)
+    # What is not ours is not thrown away for a restart.
+    mine = tmp_path / "b.training" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(OutputExistsError, match="not of an interrupted fine-tuning"):
+        finetune_folder(compressed, tmp_path / "b", data, QUICK, teacher=tiny_model, restart=True)
+    assert mine.exists()
+
+
+@pytest.mark.parametrize("axes", [None, (0, 1), (0, 1, 2)])
+def test_mirroring_stays_what_the_model_was_trained_with(tmp_path, images, labels, tiny_model, axes):
+    """A model that tells left from right must not be shown mirrored anatomy."""
+    from tucker_ops.nnunet.training import trainer as module
+
+    path = tiny_model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(path, weights_only=False) | {"inference_allowed_mirroring_axes": axes}
+    torch.save(content, path)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = module.FinetuneTrainer.get_training_transforms
+
+        def transforms(patch_size, rotation, scales, mirror_axes, *args, **kwargs):
+            seen.append(mirror_axes)
+            return original(patch_size, rotation, scales, mirror_axes, *args, **kwargs)
+
+        patch.setattr(module.FinetuneTrainer, "get_training_transforms", staticmethod(transforms))
+        settings = FinetuneSettings(steps=1, steps_per_epoch=1, distill=0.0)
+        finetune_folder(tiny_model, tmp_path / "o", TrainingSet(images=images, labels=labels), settings)
+    assert seen == [axes or ()]
+    after = read_checkpoint(tmp_path / "o" / "fold_0" / "checkpoint_final.pth")
+    assert after["inference_allowed_mirroring_axes"] == axes
+
+
+def test_a_label_to_ignore_without_labels(tmp_path, images, tiny_model):
+    """The dense model never says "ignore", but nnU-Net's loader looks for where it could draw patches."""
+    dataset = json.loads((tiny_model / "dataset.json").read_text())
+    dataset["labels"]["ignore"] = 3
+    (tiny_model / "dataset.json").write_text(json.dumps(dataset))
+    compress_folder(tiny_model, tmp_path / "small", SMALL)
+    settings = FinetuneSettings(steps=1, steps_per_epoch=1)
+    finetune_folder(
+        tmp_path / "small", tmp_path / "o", TrainingSet(images=images), settings, teacher=tiny_model
+    )
 
 
 def test_two_processes_on_gloo(tmp_path, images, labels, tiny_model, compressed):
@@ -336,6 +400,16 @@ def test_refusals(tmp_path, images, labels, tiny_model, compressed):
     other = make_model(tmp_path / "other", channels=2)
     with pytest.raises(ModelFolderError, match="maps 2 channels to 3 outputs"):
         finetune_folder(compressed, tmp_path / "o", data, QUICK, teacher=other)
+    for options, error, message in (
+        ({"device": "gpu"}, DeviceError, "use cpu, cuda or mps"),
+        ({"processes": 0}, ConfigError, "from 1 to the batch size of 2"),
+        ({"processes": 3}, ConfigError, "from 1 to the batch size of 2"),
+    ):
+        with pytest.raises(error, match=message):
+            finetune_folder(compressed, tmp_path / "o", data, QUICK, teacher=tiny_model, **options)
+    with pytest.raises(ConfigError, match=r"ask for multiples of \(4, 4, 4\)"):
+        uneven = FinetuneSettings(patch_size=(16, 18, 16))
+        finetune_folder(compressed, tmp_path / "o", data, uneven, teacher=tiny_model)
     write_image(images / "c_0000.nii.gz", (16, 16, 16))
     with pytest.raises(SegmentationError, match=r"case c of .* has no label"):
         finetune_folder(compressed, tmp_path / "o", data, QUICK, teacher=tiny_model)

@@ -16,6 +16,7 @@ from tucker_ops.nnunet.study import Study
 from tucker_ops.nnunet.sweep import Sweep, run, sweep_folder
 from tucker_ops.nnunet.sweep.output import sweep_table, write_sweep
 
+SLUGS = {value: f"params_{value}_ranks_4_by_4" for value in (0.6, 0.4)}
 CONFIGS = [CompressionConfig(params=value, min_rank=4, align=4) for value in (0.6, 0.4)]
 
 
@@ -37,37 +38,45 @@ def test_interrupted_and_resumed(tmp_path, tiny_model, images, monkeypatch):
     monkeypatch.setattr(run, "compress_folder", counting)
     with pytest.raises(KeyboardInterrupt):
         sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS)
-    assert made == ["params_0.6", "params_0.4"]
-    assert not (tmp_path / "out" / "models" / "params_0.4").exists()
+    assert made == [SLUGS[0.6], SLUGS[0.4]]
+    assert not (tmp_path / "out" / "models" / SLUGS[0.4]).exists()
     made.clear()
     monkeypatch.setattr(
         run, "compress_folder", lambda *a, **k: (made.append(a[1].name), compress(*a, **k))[1]
     )
     result = sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS)
-    assert made == ["params_0.4"]
+    assert made == [SLUGS[0.4]]
     # One more budget adds to it; what is there is neither compressed nor predicted again.
     made.clear()
     monkeypatch.setattr(run, "predict_folder", predicting := counted(run.predict_folder))
     more = [*CONFIGS, CompressionConfig.weber2024(0.3)]
     wider = sweep_folder(tiny_model, tmp_path / "out", images, more)
     assert made == ["weber2024_0.3"] and predicting.count == 1
-    assert [row["name"] for row in wider.rows] == ["dense", "params 0.6", "params 0.4", "weber2024 0.3"]
+    assert [row["name"] for row in wider.rows] == [
+        "dense",
+        *(f"params {v}, ranks 4 by 4" for v in (0.6, 0.4)),
+        "weber2024 0.3",
+    ]
     for before, after in zip(result.rows, wider.rows, strict=False):
         assert {**before, "milliseconds": 0} == {**after, "milliseconds": 0}
     row = wider.rows[2]
-    assert row["parameters"] == read_manifest(tmp_path / "out" / "models" / "params_0.4").tucker.parameters
+    assert row["parameters"] == read_manifest(tmp_path / "out" / "models" / SLUGS[0.4]).tucker.parameters
     predictions = tmp_path / "out" / "predictions"
-    assert row["dice"] == pytest.approx(
-        evaluate_folder(predictions / "params_0.4", predictions / "dense").mean
-    )
+    assert row["dice"] == pytest.approx(evaluate_folder(predictions / SLUGS[0.4], predictions / "dense").mean)
     assert row["mean_drop"] == pytest.approx(1 - row["dice"]) and wider.against == "the dense model's output"
+    # Other images are predicted, not taken for the same; what lay there of more cases is gone.
+    (images / "b_0000.nii.gz").unlink()
+    predicting.count = 0
+    fewer = sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS[:1])
+    assert predicting.count == 2 and fewer.rows[1]["dice"] != result.rows[1]["dice"]
+    assert not (predictions / "dense" / "b.nii.gz").exists()
     with pytest.raises(OutputExistsError, match="another calibrate"):
         sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS, calibrate=data)
     monkeypatch.setattr(run, "calibrate_network", calibrating)
     made.clear()
     calibrated = sweep_folder(tiny_model, tmp_path / "aware", images, CONFIGS, calibrate=data)
-    assert made == ["calibration", "params_0.6", "params_0.4"]
-    assert read_manifest(tmp_path / "aware" / "models" / "params_0.6").plan.calibration is not None
+    assert made == ["calibration", SLUGS[0.6], SLUGS[0.4]]
+    assert read_manifest(tmp_path / "aware" / "models" / SLUGS[0.6]).plan.calibration is not None
     assert calibrated.rows[1]["parameters"] <= 0.6 * calibrated.rows[0]["parameters"]
 
 

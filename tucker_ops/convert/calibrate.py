@@ -208,6 +208,11 @@ def _logits(model: nn.Module, batch: Tensor, likelihood: str) -> Tensor:
             f"calibrating takes a model whose output is one tensor of logits [N, K, *spatial], got {what}; switch deep "
             "supervision off, and name likelihood='sigmoid' for a single output"
         )
+    if not logits.requires_grad:
+        raise CalibrationError(
+            f"the output of {type(model).__name__} has no gradient by its convolutions; calibrate a model whose "
+            "forward pass does not switch gradients off"
+        )
     if not torch.isfinite(logits).all():
         raise CalibrationError("the model's output holds NaN or infinite values for a calibration input")
     return logits

@@ -23,7 +23,7 @@ class CompressionConfig:
         factor: in (0, 1]; rank = channels·factor to the nearest multiple of `align` (ties up), or to the next
             one where `rounding` is "ceil", then clamped to [min_rank, channels].
         energy: in (0, 1]; per layer and mode the least multiple of `align` that keeps this share of the
-            squared singular values, clamped likewise.
+            squared singular values, clamped likewise; of the weighted kernel where there is a calibration.
         params: parameters of the whole network; up to 1 a fraction of the dense network's, above it absolute.
         macs: multiply-accumulates of all convolutions for one input; read like `params`. Absolute values
             need `input_shape` in `plan`.

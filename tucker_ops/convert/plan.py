@@ -31,9 +31,9 @@ class LayerPlan:
     ``aliases`` are the further names of the same module. ``calls`` counts its runs in one forward pass.
     ``dense`` and ``tucker`` are costs of all its runs, batch of the plan's input included; bytes assume one
     pass (three convolutions where transposed). ``expected_error`` is ||W - Ŵ|| / ||W|| of the truncated
-    HOSVD, which `apply` improves on; None for dense layers and for weights on the meta device. ``expected_loss``
-    is what the layer's truncation costs, in nats per calibration input (see `tucker_ops.calibrate`); None
-    without a calibration.
+    HOSVD, with a calibration in its norm; `apply` improves on it. None for dense layers and for weights on the
+    meta device. ``expected_loss`` is what the layer's truncation costs, in nats per calibration input (see
+    `tucker_ops.calibrate`); None without a calibration.
     """
 
     name: str

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from tucker_ops import convert
 from tucker_ops.convert import Calibration
-from tucker_ops.errors import CalibrationError, ConfigError
-from tucker_ops.nnunet.folder import ModelFolder
+from tucker_ops.errors import CalibrationError, ConfigError, ImageError
+from tucker_ops.nnunet.folder import Fold, ModelFolder
 from tucker_ops.nnunet.images import find_cases
 from tucker_ops.nnunet.preprocess import Preprocessor
+from tucker_ops.nnunet.splits import found_beside, read_split
 
 Progress = Callable[[str, int, int], None]
 
@@ -32,6 +33,8 @@ class CalibrationSet:
     Args:
         folder: images named CASE_0000 as for prediction, or cases that nnU-Net preprocessed for this configuration.
         cases: names of those to use; all by default.
+        splits: a splits_final.json: of each fold its training cases are used, and of `cases` none may be a validation
+            case of it [default: the one that nnU-Net left beside preprocessed cases, else none].
         patches: random patches, dealt out evenly among the cases, at least one each.
         labels: draws of labels per patch.
         seed: of patches and labels.
@@ -44,6 +47,7 @@ class CalibrationSet:
     patches: int = 16
     labels: int = 2
     seed: int = 0
+    splits: Path | None = None
 
     def __post_init__(self):
         for name in ("patches", "labels"):
@@ -53,14 +57,20 @@ class CalibrationSet:
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready, without the folder's path."""
-        return {key: value for key, value in asdict(self).items() if key != "folder"}
+        return {key: value for key, value in asdict(self).items() if key not in ("folder", "splits")}
 
 
 def calibrate_network(
-    network: nn.Module, source: ModelFolder, data: CalibrationSet, *, progress: Progress | None = None
+    network: nn.Module,
+    source: ModelFolder,
+    data: CalibrationSet,
+    fold: Fold = "all",
+    *,
+    progress: Progress | None = None,
 ) -> Calibration:
     """`tucker_ops.calibrate` on random patches of `data`, preprocessed as nnU-Net does for this model.
 
+    `fold` is that of the network: its validation cases are left out where `data` has splits to tell which they are.
     Patches have the extents of the plans, at most `LARGEST_PATCH` voxels. Raises CalibrationError for images
     that hold one value only, or that the model learns nothing from; ConfigError for the second stage of a
     cascade or a case that is not there; ImageError for images that are unreadable or hold NaN, ShapeError and
@@ -71,7 +81,7 @@ def calibrate_network(
             f"{source.path} is the second stage of a cascade, which also reads segmentations of "
             f"{source.previous_stage}; calibrate the stages before, and compress this one without calibration"
         )
-    volumes = _Volumes(source, data)
+    volumes = _Volumes(source, data, fold)
     size = patch_extents(source)
     share = math.ceil(max(data.patches, len(volumes)) / len(volumes))
     total = share * len(volumes)
@@ -115,7 +125,7 @@ def patch_extents(source: ModelFolder) -> tuple[int, ...]:
 class _Volumes:
     """Preprocessed volumes [C, *spatial] of a folder, by case."""
 
-    def __init__(self, source: ModelFolder, data: CalibrationSet):
+    def __init__(self, source: ModelFolder, data: CalibrationSet, fold: Fold):
         self._source, self._data = source, data
         self._preprocessor = Preprocessor(source)
         folder = Path(data.folder)
@@ -124,14 +134,19 @@ class _Volumes:
             self._files: Mapping[str, list[Path]] = {p.stem: [p] for p in sorted(folder.glob("*.pkl"))}
         else:
             self._files = find_cases(folder, source.dataset_json["file_ending"], source.input_channels)
-        if data.cases is not None:
-            absent = [name for name in data.cases if name not in self._files]
-            if absent or not data.cases:
-                there = ", ".join(list(self._files)[:5])
-                raise ConfigError(
-                    f"{folder} has no case {absent[0] if absent else '(none was named)'}; it holds {there}"
-                )
-            self._files = {name: self._files[name] for name in data.cases}
+        splits = data.splits
+        if splits is None and self._preprocessed:
+            splits = found_beside(folder.resolve().parent)
+        train, validation = read_split(splits, fold, list(self._files))
+        names = [n for n in self._files if n in set(train)] if data.cases is None else list(data.cases)
+        absent = [name for name in names if name not in self._files]
+        if absent or not names:
+            wanted, there = absent[0] if absent else "to use", ", ".join(list(self._files)[:5])
+            raise ConfigError(f"{folder} has no case {wanted}; it holds {there}")
+        seen = sorted(set(names) & set(validation))
+        if seen:
+            raise ConfigError(f"{seen[0]} is a validation case of fold {fold}; calibrate on others")
+        self._files = {name: self._files[name] for name in names}
 
     @property
     def has_regions(self) -> bool:
@@ -169,7 +184,12 @@ class _Volumes:
         from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
         folder = str(self._data.folder)
-        return infer_dataset_class(folder)(folder, identifiers=[name]).load_case(name)[0][:]
+        try:
+            return infer_dataset_class(folder)(folder, identifiers=[name]).load_case(name)[0][:]
+        except (AssertionError, KeyError, OSError, RuntimeError, ValueError) as error:
+            raise ImageError(
+                f"calibration case {name} of {folder} is not as nnU-Net preprocesses them ({error}); preprocess it anew"
+            ) from error
 
 
 def _random_patch(volume: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:

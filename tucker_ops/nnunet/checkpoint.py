@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,11 @@ def cast_weights(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
             seen[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         result[name] = seen[key]
     return result
+
+
+def stored_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """That of the first floating-point tensor."""
+    return next(t.dtype for t in weights.values() if t.is_floating_point())
 
 
 def serialise(checkpoint: dict[str, Any]) -> bytes:

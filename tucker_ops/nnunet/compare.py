@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,8 @@ class Comparison:
     high (95 % interval of the drop: BCa bootstrap over cases, Efron 1987), p (Wilcoxon's signed-rank test of no
     difference, two-sided) and p_holm (corrected for the number of classes, Holm 1979), cases (pairs). p is NaN for
     fewer than six pairs; the interval of a single pair is NaN. ``mean_drop``, ``mean_low`` and ``mean_high`` are of
-    the mean over classes.
+    the mean over classes; its interval draws whole cases. A class that one of both models puts where it is not, and
+    the other rightly leaves out, counts as 1 for the latter.
     """
 
     classes: pd.DataFrame
@@ -77,6 +80,9 @@ def compare_tables(dense: pd.DataFrame, compressed: pd.DataFrame, *, seed: int =
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
 
+    # A class that only one of both models puts there has no Dice in the other, which was right to leave it out.
+    anywhere = dense.notna() | compressed.notna()
+    dense, compressed = (table.where(table.notna() | ~anywhere, 1.0) for table in (dense, compressed))
     drops = dense - compressed
     rows = {}
     for name in dense.columns:
@@ -103,26 +109,56 @@ def compare_tables(dense: pd.DataFrame, compressed: pd.DataFrame, *, seed: int =
     table["p_holm"] = np.nan
     if tested.any():
         table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
-    low, high = _interval(drops.mean(axis=1).dropna().to_numpy(), seed)
+    low, high = _interval_of_mean(drops[list(rows)].dropna(how="all").to_numpy(), seed)
     return Comparison(table, float(table["dense"].mean()), float(table["compressed"].mean()), low, high)
 
 
+def _interval_of_mean(drops: np.ndarray, seed: int) -> tuple[float, float]:
+    """Of the mean over classes of the mean over cases; cases [n, classes] are drawn as a whole, NaN where a class is
+    absent.
+    """
+
+    def mean(cases: np.ndarray) -> float:
+        with warnings.catch_warnings():
+            # A draw may lack a class altogether.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return float(np.nanmean(np.nanmean(drops[cases.astype(int)], axis=0)))
+
+    return _bootstrap(
+        np.arange(len(drops)), mean, np.nanmax(drops) - np.nanmin(drops), seed, vectorized=False
+    )
+
+
 def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    return _bootstrap(values, np.mean, np.ptp(values), seed)
+
+
+def _bootstrap(
+    values: np.ndarray, statistic: Callable, spread: float, seed: int, vectorized: bool | None = None
+) -> tuple[float, float]:
+    """`spread` 0 says that all differences are equal, and so the interval is a point."""
     from scipy.stats import bootstrap
 
     if len(values) < 2:
         return float("nan"), float("nan")
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    result = bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        method="BCa",
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    if spread == 0:
+        return (float(statistic(values)),) * 2
+    for method in ("BCa", "percentile"):
+        with warnings.catch_warnings():
+            # BCa has no answer where nearly all differences are equal; the plain percentiles then do.
+            warnings.simplefilter("ignore")
+            result = bootstrap(
+                (values,),
+                statistic,
+                vectorized=vectorized,
+                confidence_level=CONFIDENCE,
+                n_resamples=RESAMPLES,
+                method=method,
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
+        if np.isfinite(result.low) and np.isfinite(result.high):
+            break
+    return float(result.low), float(result.high)
 
 
 def _signed_rank(values: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from tucker_ops.errors import (
 )
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
 from tucker_ops.nnunet.check import AccuracyCheck, check_model
-from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256
+from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256, stored_dtype
 from tucker_ops.nnunet.folder import (
     DEFAULT_CHECKPOINT,
     OLD_FORMAT_KEYS,
@@ -75,7 +75,7 @@ def plan_folder(
     network = load_network(source, first, checkpoint, trust=trust)
     calibration = None
     if calibrate is not None:
-        calibration = calibrate_network(network, source, calibrate, progress=progress)
+        calibration = calibrate_network(network, source, calibrate, first, progress=progress)
     return _plan(source, network, config, calibration, progress)
 
 
@@ -239,7 +239,7 @@ class _Compression:
     def _compress_fold(self, fold: Fold, number: int, folds: int) -> tuple[Totals, Totals]:
         path = self.source.checkpoint_path(fold, self.checkpoint)
         trained = read_checkpoint(path, trust=self.trust)
-        dtype = self.dtype = self.dtype or _stored_dtype(trained["network_weights"])
+        dtype = self.dtype = self.dtype or stored_dtype(trained["network_weights"])
         network = _load_network(self.source, trained["network_weights"])
         calibration = self._calibrate(network, fold)
         if self.plan is None:
@@ -272,7 +272,9 @@ class _Compression:
         if self.calibrate is None:
             return None
         if isinstance(self.calibrate, CalibrationSet):
-            calibration = calibrate_network(network, self.source, self.calibrate, progress=self.progress)
+            calibration = calibrate_network(
+                network, self.source, self.calibrate, fold, progress=self.progress
+            )
         elif fold in self.calibrate:
             calibration = self.calibrate[fold]
         else:
@@ -382,10 +384,6 @@ def _prediction_checkpoint(
     }
     key = "inference_allowed_mirroring_axes"
     return result | ({key: trained[key]} if key in trained else {})
-
-
-def _stored_dtype(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
-    return next(t.dtype for t in weights.values() if t.is_floating_point())
 
 
 def _accompanying_files(src: Path) -> list[Path]:

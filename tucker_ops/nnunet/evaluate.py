@@ -155,9 +155,12 @@ def _compare(
     result = compute_metrics("reference", "prediction", loaded, classes, dataset.ignore_label)
     metrics = {name: dict(result["metrics"][key]) for name, key in dataset.classes.items()}
     if nsd_tolerance is not None:
-        spacing = pair[0][1]
+        # A slice has no surface along its own axis, whose spacing nnU-Net's readers of 2D images make up.
+        real = [axis for axis, n in enumerate(pair[0][0].shape[1:]) if n > 1] or [0]
+        spacing = [pair[0][1][axis] for axis in real]
         tolerance = float(max(spacing)) if nsd_tolerance == "voxel" else float(nsd_tolerance)
-        a, b = pair[0][0][0], pair[1][0][0]
+        extents = [pair[0][0].shape[1 + axis] for axis in real]
+        a, b = (volume[0][0].reshape(extents) for volume in pair)
         if dataset.ignore_label is not None:
             a = np.where(b == dataset.ignore_label, 0, a)
         for name, key in dataset.classes.items():
@@ -167,13 +170,15 @@ def _compare(
 
 
 def surface_dice(a: np.ndarray, b: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
-    """Normalised surface Dice of two masks [*spatial] at `tolerance`, in the unit of `spacing`.
+    """Normalised surface Dice of two masks [*spatial], 1 to 3 axes, at `tolerance`, in the unit of `spacing`.
 
     NaN where both are empty, 0 where one is.
     """
     import torch
     from monai.metrics import compute_surface_dice
 
+    if a.ndim == 1:
+        a, b, spacing = a[:, None], b[:, None], (*spacing, spacing[0])
     occupied = np.argwhere(a | b)
     if not len(occupied):
         return float("nan")

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from tucker_ops.errors import ModelFolderError, ShapeError
+
+
+def fingerprint(place: str | Path) -> str:
+    """Hash of where a file or folder is, and of the names, sizes and times of all files in it."""
+    place = Path(place)
+    content = hashlib.sha256(str(place.resolve()).encode())
+    for path in [place, *sorted(place.rglob("*"))]:
+        if path.is_file():
+            status = path.stat()
+            content.update(f"{path.relative_to(place)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return content.hexdigest()
 
 
 def find_cases(folder: str | Path, file_ending: str, channels: int) -> dict[str, list[Path]]:

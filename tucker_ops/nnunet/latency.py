@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,9 +43,6 @@ class Latency:
     passes: int
     device: str
     threads: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def plan_for_latency(
@@ -108,7 +105,13 @@ def plan_for_latency(
         if distance <= TOLERANCE:
             break
         low, high = ((budget, measured), high) if measured < asked else (low, (budget, measured))
-    _, plan, found = best
+    distance, plan, found = best
+    if distance > 2 * TOLERANCE:
+        warnings.warn(
+            f"the nearest that was found to {asked:g} ms is {found.measured_ms:.1f} ms; the machine may be busy: "
+            "measure again when it is not",
+            stacklevel=2,
+        )
     note = f"one patch takes {found.measured_ms:.1f} ms of {asked:g} asked ({device}, {found.threads} threads, fp32)"
     return replace(plan, config=config, notes=(*plan.notes, note)), found
 

@@ -201,7 +201,7 @@ def _load(
         raise ConfigError(
             f"step_size {step_size} given; it is a fraction of the patch, above 0 and at most 1"
         )
-    target = _device(device)
+    target = usable_device(device)
     # nnU-Net reads checkpoints by pickle; those of the other folds (the folder's description came from the
     # first) are shown to be harmless and whole before it does.
     for fold in folds[1:]:
@@ -255,7 +255,8 @@ def _describe(network: nn.Module, device: str) -> str:
     return explain(network, device=torch.device(device).type, dtype=dtype).summary
 
 
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """The device of this name; DeviceError where there is none such here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

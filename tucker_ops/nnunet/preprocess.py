@@ -58,8 +58,11 @@ class Preprocessor:
 
     def foreground(self, segmentation: np.ndarray) -> dict:
         """Where each class is, around which training draws patches; as nnU-Net's preprocessing finds it."""
-        wanted = self.labels.foreground_regions if self.labels.has_regions else self.labels.foreground_labels
-        return self.preprocessor._sample_foreground_locations(segmentation, list(wanted))
+        labels = self.labels
+        wanted = list(labels.foreground_regions if labels.has_regions else labels.foreground_labels)
+        if labels.has_ignore_label:
+            wanted.append([-1, *labels.all_labels])
+        return self.preprocessor._sample_foreground_locations(segmentation, wanted)
 
 
 def _undefined(values: np.ndarray) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tucker_ops.convert import Calibration, CompressionConfig
+from tucker_ops.convert import Calibration, CompressionConfig, Plan
 from tucker_ops.errors import ConfigError, OutputExistsError
 from tucker_ops.fused import fuse
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
@@ -26,7 +27,7 @@ from tucker_ops.nnunet.compress import (
 )
 from tucker_ops.nnunet.evaluate import evaluate_folder
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
-from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.images import find_cases, fingerprint
 from tucker_ops.nnunet.latency import time_network
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.networks import build_network
@@ -91,18 +92,25 @@ def sweep_folder(
         model_dir, folds=None if fold is None else (fold,), checkpoint=checkpoint, trust=trust
     )
     fold = model.select_folds(None if fold is None else (fold,), checkpoint)[0]
-    cases = list(find_cases(images, model.dataset_json["file_ending"], model.input_channels))
+    find_cases(images, model.dataset_json["file_ending"], model.input_channels)
     return _Run(
         model, Path(output_dir), Path(images), labels and Path(labels), calibrate, fold, checkpoint, device,
-        trust, cases, progress,
+        trust, progress,
     ).run(dict(zip(names, configs, strict=True)))  # fmt: skip
 
 
 def _name(config: CompressionConfig) -> str:
-    value = getattr(config, config.policy)
+    value = f"{getattr(config, config.policy):.12g}"
     if config == CompressionConfig.weber2024(config.factor or 1.0):
-        return f"weber2024 {value:g}"
-    return f"{config.policy} {value:g}"
+        return f"weber2024 {value}"
+    ranks = (
+        "" if (config.min_rank, config.align) == (8, 8) else f", ranks {config.min_rank} by {config.align}"
+    )
+    return f"{config.policy} {value}{ranks}"
+
+
+def _slug(name: str) -> str:
+    return name.replace(", ", "_").replace(" ", "_")
 
 
 @dataclass
@@ -116,7 +124,6 @@ class _Run:
     checkpoint: str
     device: str
     trust: bool
-    cases: Sequence[str]
     progress: Progress | None
 
     def run(self, configs: Mapping[str, CompressionConfig]) -> Sweep:
@@ -124,14 +131,19 @@ class _Run:
         study = Study(self.folder)
         steps = len(configs) + 1
         self._report("dense model", 0, steps)
-        arguments = {"cases": list(self.cases), "labels": str(self.labels)}
+        # A budget that cannot be met, or a model that is compressed already, is refused before hours are spent.
+        for config in configs.values():
+            if config.policy != "latency_ms":
+                self._plan(config)
+        places = {"images": self.images, "labels": self.labels}
+        arguments = {name: place and fingerprint(place) for name, place in places.items()}
         dense = study.step("dense", arguments, lambda: self._predict("dense", self.model.path))
         # The calibration of several minutes is made when the first model needs it.
         rows, needed = [self._dense_row(dense)], any(not self._is_made(n, c) for n, c in configs.items())
         calibration = self._calibration() if needed and self.calibrate is not None else None
         for done, (name, config) in enumerate(configs.items(), start=1):
             self._report(name, done, steps)
-            target = self.folder / "models" / name.replace(" ", "_")
+            target = self.folder / "models" / _slug(name)
             if not self._is_made(name, config):
                 calibrations = (
                     None if calibration is None or name.startswith("weber") else {self.fold: calibration}
@@ -140,8 +152,8 @@ class _Run:
                     self.model.path, target, config, folds=(self.fold,), checkpoint=self.checkpoint,
                     calibrate=calibrations, force=target.is_dir(), trust=self.trust,
                 )  # fmt: skip
-            asked = arguments | {"config": config.to_dict()}
-            row = study.step(name.replace(" ", "_"), asked, lambda n=name, t=target: self._predict(n, t))
+            asked = arguments | {"weights": sha256(target / f"fold_{self.fold}" / self.checkpoint)}
+            row = study.step(_slug(name), asked, lambda n=name, t=target: self._predict(n, t))
             rows.append(self._row(name, target, row))
         self._time(rows)
         self._report("", steps, steps)
@@ -174,7 +186,7 @@ class _Run:
             write_file(state, json.dumps(mine, indent=1).encode())
 
     def _is_made(self, name: str, config: CompressionConfig) -> bool:
-        target = self.folder / "models" / name.replace(" ", "_")
+        target = self.folder / "models" / _slug(name)
         return is_earlier_output(target) and read_manifest(target).config == config
 
     def _calibration(self) -> Calibration:
@@ -182,17 +194,21 @@ class _Run:
         if path.is_file():
             return Calibration.from_dict(torch.load(path, weights_only=True))
         network = load_network(self.model, self.fold, self.checkpoint, trust=self.trust)
-        calibration = calibrate_network(network, self.model, self.calibrate, progress=self.progress)
+        calibration = calibrate_network(
+            network, self.model, self.calibrate, self.fold, progress=self.progress
+        )
         partial = path.with_suffix(".partial")
         torch.save(calibration.to_dict(), partial)
         partial.replace(path)
         return calibration
 
     def _predictions(self, name: str) -> Path:
-        return self.folder / "predictions" / name.replace(" ", "_")
+        return self.folder / "predictions" / _slug(name)
 
     def _predict(self, name: str, model: Path) -> dict[str, Any]:
         target = self._predictions(name)
+        # Segmentations of images that are no longer there would be judged as well.
+        shutil.rmtree(target, ignore_errors=True)
         predict_folder(
             model, self.images, target, folds=(self.fold,), checkpoint=self.checkpoint, device=self.device,
             mirroring=False, precision="fp32", overwrite=True, trust=self.trust,
@@ -213,12 +229,13 @@ class _Run:
 
     def _dense_row(self, judged: Mapping[str, Any]) -> dict[str, Any]:
 
-        full = CompressionConfig(factor=1.0, only_if_cheaper=False)
-        cost = plan_folder(
-            self.model.path, full, folds=(self.fold,), checkpoint=self.checkpoint, trust=self.trust
-        ).dense
+        cost = self._plan(CompressionConfig(factor=1.0, only_if_cheaper=False)).dense
         nothing = {"agreement": 1.0, "mean_drop": None, "worst_class": None, "worst_class_drop": None}
         return {"name": "dense", "parameters": cost.params, "macs": cost.macs} | nothing | judged
+
+    def _plan(self, config: CompressionConfig) -> Plan:
+        options = {"folds": (self.fold,), "checkpoint": self.checkpoint, "trust": self.trust}
+        return plan_folder(self.model.path, config, **options)
 
     def _row(self, name: str, model: Path, judged: Mapping[str, Any]) -> dict[str, Any]:
         totals = read_manifest(model).tucker
@@ -238,9 +255,7 @@ class _Run:
     def _network(self, name: str) -> torch.nn.Module:
         folder = self.model
         if name != "dense":
-            folder = read_model_folder(
-                self.folder / "models" / name.replace(" ", "_"), checkpoint=self.checkpoint
-            )
+            folder = read_model_folder(self.folder / "models" / _slug(name), checkpoint=self.checkpoint)
         network = build_network(folder.architecture, folder.input_channels, folder.num_outputs)
         path = folder.checkpoint_path(self.fold, self.checkpoint)
         network.load_state_dict(read_checkpoint(path, trust=self.trust)["network_weights"])

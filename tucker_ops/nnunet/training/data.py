@@ -8,17 +8,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from tucker_ops.errors import ConfigError, SegmentationError
 from tucker_ops.nnunet.folder import Fold, ModelFolder, read_json
-from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.images import find_cases, fingerprint
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.preprocess import Preprocessor
 from tucker_ops.nnunet.segmentations import find_segmentations
+from tucker_ops.nnunet.splits import found_beside, read_split
 
 if TYPE_CHECKING:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -30,6 +31,9 @@ FINGERPRINT = "dataset_fingerprint.json"
 @dataclass(frozen=True)
 class TrainingSet:
     """Where training cases come from: `preprocessed`, nnU-Net's folder of the dataset, or `images`.
+
+    Validation cases of the fold are never opened, where there is a split to tell which they are; images without one
+    are all trained on.
 
     Args:
         preprocessed: nnUNet_preprocessed/DatasetNNN_Name, with the cases of the model's configuration in it.
@@ -58,10 +62,11 @@ class TrainingSet:
 
     def chosen(self, available: Sequence[str], fold: Fold) -> list[str]:
         """Names of the training cases of this fold, none of which is a validation case of it."""
-        if self.cases is not None:
-            names = list(self.cases)
-        else:
-            names = self._of_split(available, fold)
+        train, validation = read_split(self.splits_file, fold, available)
+        names = train if self.cases is None else list(self.cases)
+        seen = sorted(set(names) & set(validation))
+        if seen:
+            raise ConfigError(f"{seen[0]} is a validation case of fold {fold}; train on others")
         absent = [name for name in names if name not in available]
         if absent or not names:
             where = self.preprocessed or self.images
@@ -72,40 +77,42 @@ class TrainingSet:
             )
         return names
 
-    def _of_split(self, available: Sequence[str], fold: Fold) -> list[str]:
-        path = self.splits
-        if (
-            path is None
-            and self.preprocessed is not None
-            and (self.preprocessed / "splits_final.json").is_file()
-        ):
-            path = self.preprocessed / "splits_final.json"
-        if path is None or fold == "all":
-            return list(available)
-        try:
-            split = json.loads(Path(path).read_text())[int(fold)]
-            train, validation = list(split["train"]), list(split["val"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise ConfigError(
-                f"{path} holds no split of fold {fold} ({error}); give nnU-Net's splits_final.json"
-            ) from error
-        both = sorted(set(train) & set(validation))
-        if both:
-            raise ConfigError(
-                f"{path} has {both[0]} in training and validation of fold {fold}; correct the split"
-            )
-        return train
+    @property
+    def has_labels(self) -> bool:
+        return self.preprocessed is not None or self.labels is not None
+
+    @property
+    def splits_file(self) -> Path | None:
+        """The file of splits that is used, given or found."""
+        if self.splits is None and self.preprocessed is not None:
+            return found_beside(Path(self.preprocessed))
+        return self.splits
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run that would resume another must find unchanged: where files are, their sizes and times."""
+        places = {
+            "preprocessed": self.preprocessed,
+            "images": self.images,
+            "labels": self.labels,
+            "splits": self.splits_file,
+        }
+        content: dict[str, Any] = {name: place and fingerprint(place) for name, place in places.items()}
+        return content | {"cases": None if self.cases is None else list(self.cases)}
 
 
 def cases_in(folder: Path) -> list[str]:
     """Names of the cases that nnU-Net preprocessed into this folder."""
     from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-    if not folder.is_dir() or not any(folder.glob("*.pkl")):
+    try:
+        if not folder.is_dir() or not any(folder.glob("*.pkl")):
+            raise KeyError(folder.name)
+        return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+    except (KeyError, AssertionError) as error:
         raise ConfigError(
-            f"{folder} holds no preprocessed cases; run nnUNetv2_preprocess for this configuration, or give images"
-        )
-    return sorted(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+            f"{folder} holds no preprocessed cases, or files beside them that nnU-Net does not write; run "
+            "nnUNetv2_preprocess for this configuration, or give images"
+        ) from error
 
 
 def prepare_cases(
@@ -113,13 +120,13 @@ def prepare_cases(
     data: TrainingSet,
     fold: Fold,
     destination: Path,
-    predictor: nnUNetPredictor | None,
+    load_predictor: Callable[[], nnUNetPredictor] | None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Preprocess the images of `data` below `destination` as nnU-Net would; returns the names of the cases.
 
-    Cases that are there already are kept, so that an interrupted run goes on. `predictor` is the dense model's; it
-    segments what has no labels. Raises ImageError and SegmentationError for files that are missing or unreadable.
+    Cases that are there already are kept, so that an interrupted run goes on. `load_predictor` loads the dense model,
+    which segments what has no labels. Raises ImageError and SegmentationError for files that are missing or unreadable.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
@@ -135,6 +142,7 @@ def prepare_cases(
         write_file(
             destination / FINGERPRINT, json.dumps(read_json(source) if source.is_file() else {}).encode()
         )
+    predictor = None
     for done, name in enumerate(names):
         if progress is not None:
             progress(f"preparing {name}", done, len(names))
@@ -145,7 +153,9 @@ def prepare_cases(
             raise SegmentationError(f"case {name} of {data.images} has no label in {data.labels}; add it")
         volume, segmentation, properties = preprocessor.run(name, images[name], labels.get(name))
         if not labels:
-            segmentation = _segment(predictor, volume)
+            predictor = predictor or load_predictor()
+            # -1, outside of what nnU-Net crops to, is kept: it masks normalisation and augmentation.
+            segmentation = np.where(segmentation < 0, segmentation, _segment(predictor, volume))
             properties["class_locations"] = preprocessor.foreground(segmentation)
         blocks = _blocks(volume, segmentation, preprocessor.configuration.patch_size)
         with tempfile.TemporaryDirectory(prefix=".case-", dir=destination) as partial:

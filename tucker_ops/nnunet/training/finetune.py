@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from tucker_ops.errors import ConfigError, ModelFolderError, OutputExistsError
-from tucker_ops.nnunet.checkpoint import read_checkpoint, serialise, sha256
+from tucker_ops.errors import ConfigError, DtypeError, ModelFolderError, OutputExistsError, ResumeError
+from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256, stored_dtype
 from tucker_ops.nnunet.compress import check_apart, is_earlier_output, load_network
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME
+from tucker_ops.nnunet.networks import build_network
 from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.predict import load_predictor, usable_device
 from tucker_ops.nnunet.staging import check_destination, staged_folder
 from tucker_ops.nnunet.training.data import TrainingSet, cases_in, prepare_cases
 from tucker_ops.nnunet.training.settings import FinetuneSettings
+from tucker_ops.nnunet.verify import probe, verify_folder
 
 Progress = Callable[[str, int, int], None]
 STATE = "finetuning.json"
@@ -83,23 +87,37 @@ def finetune_folder(
         raise ConfigError(
             f"{model_dir} is the second stage of a cascade, which finetune cannot train; use nnUNetv2_train"
         )
-    if settings.patch_size is not None and len(settings.patch_size) != len(model.patch_size):
-        raise ConfigError(
-            f"patch_size {settings.patch_size} given; the model takes {len(model.patch_size)} extents"
-        )
     chosen = model.select_folds(folds, checkpoint)
+    _check_options(model, settings, usable_device(device), processes)
+    for fold in chosen:
+        load_network(model, fold, checkpoint, trust=trust)
     dense = None if teacher is None else _read_teacher(Path(teacher), model, chosen, checkpoint, trust)
     if dense is None:
         _check_without_teacher(settings, data)
     precision, why = _precision(settings.precision, device)
     training = output_dir.with_name(f"{output_dir.name}.training")
     run = _Run(
-        model, dense, data, settings, checkpoint, device, precision, processes, training, trust, progress
+        model,
+        dense,
+        data,
+        settings,
+        chosen,
+        checkpoint,
+        device,
+        precision,
+        processes,
+        training,
+        trust,
+        progress,
     )
     run.open(restart)
-    for fold in chosen:
-        run.train(fold)
-    _write(model, chosen, checkpoint, run, output_dir, force)
+    try:
+        for fold in chosen:
+            run.train(fold)
+        _write(model, chosen, checkpoint, run, output_dir, force)
+    except BaseException:
+        run.forget_if_empty()
+        raise
     if not keep_training:
         shutil.rmtree(training, ignore_errors=True)
     return FinetuneSummary(output_dir, settings.steps, f"{precision}: {why}", run.cases, run.resumed_at)
@@ -107,6 +125,32 @@ def finetune_folder(
 
 def _is_replaceable(path: Path) -> bool:
     return is_earlier_output(path) or (path / STATE).is_file()
+
+
+def _check_options(
+    model: ModelFolder, settings: FinetuneSettings, device: torch.device, processes: int
+) -> None:
+    """Raise ConfigError for what would stop the training, or nnU-Net, later and with less to say."""
+    patch = settings.patch_size
+    if patch is not None:
+        strides = model.architecture["arch_kwargs"]["strides"]
+        steps = [math.prod(per_axis) for per_axis in zip(*strides, strict=True)]
+        if len(patch) != len(steps):
+            raise ConfigError(f"patch_size {patch} given; the model takes {len(steps)} extents")
+        if any(n % step for n, step in zip(patch, steps, strict=True)):
+            raise ConfigError(
+                f"patch_size {patch} given; the network's strides ask for multiples of {tuple(steps)}"
+            )
+    configuration = model.plans["configurations"][model.configuration]
+    batch = settings.batch_size or configuration.get("batch_size", processes)
+    if isinstance(processes, bool) or not isinstance(processes, int) or not 1 <= processes <= batch:
+        raise ConfigError(
+            f"processes must be a whole number from 1 to the batch size of {batch}, got {processes!r}"
+        )
+    if device.type == "cuda" and processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"{processes} processes asked for, one a GPU; this machine has {torch.cuda.device_count()}"
+        )
 
 
 def _read_teacher(
@@ -150,6 +194,7 @@ class _Run:
     teacher: ModelFolder | None
     data: TrainingSet
     settings: FinetuneSettings
+    folds: Sequence[Fold]
     checkpoint: str
     device: str
     precision: str
@@ -162,15 +207,15 @@ class _Run:
 
     def open(self, restart: bool) -> None:
         """Make the folder of state, or make sure that the one that is there belongs to this run."""
-        if restart:
-            shutil.rmtree(self.folder, ignore_errors=True)
         mine = json.loads(json.dumps(self._arguments()))
         state = self.folder / STATE
+        if restart and state.is_file():
+            shutil.rmtree(self.folder)
         if state.is_file():
             theirs = json.loads(state.read_text())
             differing = sorted(key for key in mine if theirs.get(key) != mine[key])
             if differing:
-                raise ConfigError(
+                raise ResumeError(
                     f"{self.folder} is left of a run with another {', '.join(differing)}; give the same arguments to "
                     "resume it, or begin anew with --restart (restart=True)"
                 )
@@ -181,15 +226,29 @@ class _Run:
         else:
             write_file(state, json.dumps(mine, indent=1).encode())
 
+    def forget_if_empty(self) -> None:
+        """Refused before anything was made, a run leaves nothing that a corrected one would stumble over."""
+        if [path.name for path in self.folder.iterdir()] == [STATE]:
+            shutil.rmtree(self.folder)
+
     def _arguments(self) -> dict[str, Any]:
-        folds = self.model.folds
+        models = {"weights": self.model, "teacher": self.teacher}
         return {
             "settings": self.settings.to_dict(),
-            "weights": {str(f): sha256(self.model.checkpoint_path(f, self.checkpoint)) for f in folds},
-            "teacher": None if self.teacher is None else self.teacher.path.resolve().name,
-            "data": {key: None if value is None else str(value) for key, value in vars(self.data).items()},
+            **{
+                name: model
+                and {str(f): sha256(model.checkpoint_path(f, self.checkpoint)) for f in self.folds}
+                for name, model in models.items()
+            },
+            "data": self.data.fingerprint(),
             "processes": self.processes,
         }
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest: what was done, without paths."""
+        cases = {str(fold): list(names) for fold, names in self.cases.items()}
+        known = {key: value for key, value in self._arguments().items() if key != "data"}
+        return known | {"precision": self.precision, "cases": cases, "labels": self.data.has_labels}
 
     def result(self, fold: Fold) -> Path:
         return self.folder / f"fold_{fold}" / "checkpoint_final.pth"
@@ -210,10 +269,22 @@ class _Run:
         if self.processes == 1:
             _work(job, self._steps)
         else:
-            arguments = (job, self.processes, _free_port())
-            torch.multiprocessing.start_processes(
-                _distributed, arguments, self.processes, start_method="spawn"
-            )
+            self._distribute(job)
+
+    def _distribute(self, job: _Job) -> None:
+        step = torch.multiprocessing.get_context("spawn").Value("i", 0)
+        arguments = (job, self.processes, _free_port(), step)
+        context = torch.multiprocessing.start_processes(
+            _distributed, arguments, self.processes, join=False, start_method="spawn"
+        )
+        try:
+            while not context.join(timeout=0.5):
+                self._steps(step.value)
+        finally:
+            # Where this process is told to stop, they would train on to their end.
+            for process in context.processes:
+                if process.is_alive():
+                    process.terminate()
 
     def _steps(self, step: int) -> None:
         if self.progress is not None:
@@ -226,17 +297,19 @@ class _Run:
             configuration = PlansManager(dict(self.model.plans)).get_configuration(self.model.configuration)
             folder = Path(self.data.preprocessed)
             return folder, self.data.chosen(cases_in(folder / configuration.data_identifier), fold)
-        destination = self.folder / "preprocessed"
-        predictor = None
-        if self.data.labels is None:
-            from tucker_ops.nnunet.predict import load_predictor
+        # Segmentations in place of labels are those of the fold's own teacher.
+        destination = self.folder / (
+            "preprocessed" if self.data.labels is not None else f"preprocessed_{fold}"
+        )
 
-            folds = (fold,)
-            predictor = load_predictor(
-                self.teacher.path, folds=folds, checkpoint=self.checkpoint, mirroring=False, trust=self.trust
-            )
+        def load():
+            return load_predictor(
+                self.teacher.path, folds=(fold,), checkpoint=self.checkpoint, device=self.device, mirroring=False,
+                trust=self.trust,
+            )  # fmt: skip
+
         with _silenced():
-            names = prepare_cases(self.model, self.data, fold, destination, predictor, self.progress)
+            names = prepare_cases(self.model, self.data, fold, destination, load, self.progress)
         return destination, names
 
 
@@ -258,12 +331,17 @@ class _Job:
 
 
 def _work(job: _Job, progress: Callable[[int], None] | None = None, rank: int = 0) -> None:
-    from tucker_ops.nnunet.training.trainer import LATEST, FinetuneTrainer
+    from tucker_ops.nnunet.training.trainer import KEEP, LATEST, FinetuneTrainer
 
-    torch.manual_seed(job.settings.seed + rank)
-    np.random.seed(job.settings.seed + rank)
     path = job.model.checkpoint_path(job.fold, job.checkpoint)
-    weights = read_checkpoint(path, trust=job.trust)["network_weights"]
+    trained = read_checkpoint(path, trust=job.trust)
+    weights = trained["network_weights"]
+    latest = job.output / LATEST
+    begun = read_checkpoint(latest, trust=job.trust) if latest.is_file() else None
+    # A resumed run must not draw what it drew first once more.
+    seed = job.settings.seed + 1000 * rank + 100_003 * (0 if begun is None else begun["step"])
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
     with _silenced():
         trainer = FinetuneTrainer.of(
             job.model,
@@ -276,11 +354,11 @@ def _work(job: _Job, progress: Callable[[int], None] | None = None, rank: int = 
             output=job.output,
             device=torch.device(job.device),
             precision=job.precision,
+            mirror_axes=trained.get("inference_allowed_mirroring_axes", KEEP),
             progress=progress,
         )
-        latest = job.output / LATEST
-        if latest.is_file():
-            trainer.resume(read_checkpoint(latest, trust=job.trust))
+        if begun is not None:
+            trainer.resume(begun)
         trainer.run_training()
 
 
@@ -294,7 +372,7 @@ def _teacher(job: _Job) -> torch.nn.Module | None:
     return network if job.settings.features else fuse(network.requires_grad_(False), precision="fp32")
 
 
-def _distributed(rank: int, job: _Job, processes: int, port: int) -> None:
+def _distributed(rank: int, job: _Job, processes: int, port: int, step: Any) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     gpu = torch.device(job.device).type == "cuda"
     if gpu:
@@ -302,8 +380,13 @@ def _distributed(rank: int, job: _Job, processes: int, port: int) -> None:
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes))
     torch.distributed.init_process_group("nccl" if gpu else "gloo", rank=rank, world_size=processes)
+
+    def report(done: int) -> None:
+        if rank == 0:
+            step.value = done
+
     try:
-        _work(job, rank=rank)
+        _work(job, report, rank)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -326,31 +409,31 @@ def _write(
 ) -> None:
     """The model's folder with the new weights, in the dtype that the old ones had."""
     with staged_folder(output_dir, replaceable=_is_replaceable, force=force) as stage:
+        expected = {}
         for fold in folds:
             old = read_checkpoint(model.checkpoint_path(fold, checkpoint), trust=run.trust)
             new = read_checkpoint(run.result(fold), trust=run.trust)["network_weights"]
-            dtypes = {name: w.dtype for name, w in old["network_weights"].items()}
+            dtype = stored_dtype(old["network_weights"])
+            weights = cast_weights(new, dtype)
+            if not all(torch.isfinite(w).all() for w in weights.values()):
+                raise DtypeError(
+                    f"trained weights of fold {fold} exceed the range of {dtype}, in which {model.path} stores them; "
+                    "compress it with --dtype float32 and train that"
+                )
             keep = ("trainer_name", "init_args", "inference_allowed_mirroring_axes")
             content = {key: old[key] for key in keep if key in old}
-            content["network_weights"] = _cast(new, dtypes)
+            content["network_weights"] = weights
+            network = build_network(model.architecture, model.input_channels, model.num_outputs)
+            network.load_state_dict(weights)
+            expected[fold] = probe(network, model)
             stage.write(Path(f"fold_{fold}") / checkpoint, serialise(content))
         for path in sorted(model.path.iterdir()):
             if path.is_file():
                 stage.write(path.name, path.read_bytes())
         manifest = model.path / MANIFEST_NAME
         if manifest.is_file():
-            text = json.loads(manifest.read_text()) | {"finetuning": run._arguments()}
+            # What the weights before were checked with says nothing of these.
+            text = json.loads(manifest.read_text()) | {"finetuning": run.describe(), "check": None}
             stage.write(MANIFEST_NAME, (json.dumps(text, indent=1) + "\n").encode())
-        stage.write(STATE, json.dumps(run._arguments(), indent=1).encode())
-
-
-def _cast(weights: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-    """Names that share a tensor go on sharing it, so that it is stored once."""
-    seen: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    result = {}
-    for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in seen:
-            seen[key] = tensor.to(dtypes[name])
-        result[name] = seen[key]
-    return result
+        stage.write(STATE, json.dumps(run.describe(), indent=1).encode())
+        verify_folder(stage.path, expected, model, checkpoint)

@@ -10,7 +10,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -24,7 +23,8 @@ from tucker_ops.nnunet.training.distillation import distillation_loss, encoder_f
 from tucker_ops.nnunet.training.settings import FinetuneSettings
 
 LATEST = "checkpoint_latest.pth"
-FINAL = "checkpoint_final.pth"
+# Mirroring as nnU-Net chooses it, where a checkpoint does not say.
+KEEP = "keep"
 
 
 class FinetuneTrainer(nnUNetTrainer):
@@ -50,9 +50,13 @@ class FinetuneTrainer(nnUNetTrainer):
         output: Path,
         device: torch.device,
         precision: str,
+        mirror_axes: Sequence[int] | str | None = KEEP,
         progress: Callable[[int], None] | None = None,
     ) -> FinetuneTrainer:
-        """A trainer for one fold; nnU-Net's own arguments (the signature is looked at) come from `model`."""
+        """A trainer for one fold; nnU-Net's own arguments (the signature is looked at) come from `model`.
+
+        `mirror_axes` are those that the model was trained with; None for none.
+        """
         plans = {**model.plans, "continue_training": False}
         # Both are read by the constructor, which makes a folder of its own naming unless it is told where.
         folders = {"nnUNet_results": str(output), "nnUNet_preprocessed": str(preprocessed.parent)}
@@ -60,7 +64,9 @@ class FinetuneTrainer(nnUNetTrainer):
             trainer = cls(plans, model.configuration, fold, dict(model.dataset_json), torch.device("cpu"))
         trainer.model, trainer.weights, trainer.settings = model, weights, settings
         trainer.cases, trainer.bf16, trainer.progress = list(cases), precision == "bf16", progress
-        trainer.device = device
+        trainer.mirror_axes = mirror_axes
+        # nnU-Net's constructor takes every distributed process to have a GPU.
+        trainer.device, trainer.grad_scaler = device, None
         if device.type == "cuda":
             trainer.device = torch.device("cuda", trainer.local_rank if trainer.is_ddp else device.index or 0)
             trainer.grad_scaler = torch.amp.GradScaler("cuda")
@@ -102,8 +108,7 @@ class FinetuneTrainer(nnUNetTrainer):
         )
         network.load_state_dict(self.weights)
         self.network = network.to(device=self.device, memory_format=self._layout())
-        # Features are read by hooks, which a compiled network need not run.
-        if self._do_i_compile() and not self.settings.features:
+        if self._do_i_compile():
             self.network = torch.compile(self.network)
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
@@ -120,6 +125,18 @@ class FinetuneTrainer(nnUNetTrainer):
             weight_decay=self.settings.weight_decay,
         )
         return optimizer, _SetInStep()
+
+    def _do_i_compile(self):
+        """Not with features, which are read by hooks that a compiled network need not run."""
+        return not self.settings.features and super()._do_i_compile()
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """As nnU-Net's, but mirrored only along axes that the model was trained for: it may tell left from right."""
+        rotation, dummy_2d, patch, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.mirror_axes != KEEP:
+            axes = tuple(self.mirror_axes or ())
+            self.inference_allowed_mirroring_axes = axes or None
+        return rotation, dummy_2d, patch, axes
 
     def do_split(self):
         return list(self.cases), list(self.cases)
@@ -232,7 +249,3 @@ class _SetInStep:
 
     def step(self, epoch: int) -> None:
         pass
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
