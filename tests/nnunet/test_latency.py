@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_cli_compress import shell  # noqa: F401
@@ -70,7 +72,7 @@ def test_more_time_keeps_more(network):
         assert all(r % 8 == 0 for pair in p.ranks.values() for r in pair)
 
 
-def test_refusals_and_command_line(network, tmp_path, tiny_model, shell):  # noqa: F811
+def test_refusals_and_command_line(network, tmp_path, tiny_model, shell, monkeypatch):  # noqa: F811
     model, shape = network
     with pytest.raises(ConfigError, match="times measured on this machine"):
         plan(model, CompressionConfig(latency_ms=10.0), input_shape=shape)
@@ -80,14 +82,16 @@ def test_refusals_and_command_line(network, tmp_path, tiny_model, shell):  # noq
         plan_for_latency(model, CompressionConfig(latency_ms=0.01), shape)
     code, _, err = shell("compress", tiny_model, "-o", tmp_path / "o", "--latency-ms", 1e6)
     assert code == 2 and "dense network takes" in " ".join(err.split())
-    source = read_model_folder(tiny_model)
-    tiny = load_network(source, 0)
-    dense, _ = time_network(fuse(load_copy(tiny), precision="fp32"), torch.randn(input_shape(source)))
-    asked = ["--latency-ms", 0.97 * dense, "--min-rank", 4, "--align", 4]
-    code, out, err = shell("compress", tiny_model, "-o", tmp_path / "o", *asked)
-    if code == 2:  # so small a network may be no faster at any ranks
-        assert "cannot be reached" in " ".join(err.split())
-        return
-    manifest = read_manifest(tmp_path / "o")
-    assert manifest.config.latency_ms == pytest.approx(0.97 * dense)
-    assert "one patch takes" in " ".join(out.split()) and "asked" in manifest.plan.notes[-1]
+    # The command line hands the budget on and shows what was measured; the measuring itself is tested above.
+    asked = []
+
+    def planned(network, config, shape, calibration, *, progress):
+        asked.append(config.latency_ms)
+        made = plan(network, CompressionConfig(factor=0.5, min_rank=4, align=4), input_shape=shape)
+        return replace(made, config=config, notes=("one patch takes 7.9 ms of 8 asked",)), None
+
+    monkeypatch.setattr("tucker_ops.nnunet.compress.plan_for_latency", planned)
+    code, out, err = shell("compress", tiny_model, "-o", tmp_path / "o", "--latency-ms", 8)
+    assert code == 0, err
+    assert asked == [8] and read_manifest(tmp_path / "o").config.latency_ms == 8
+    assert "one patch takes 7.9 ms" in " ".join(out.split())
