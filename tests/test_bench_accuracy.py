@@ -73,6 +73,7 @@ def rows():
         hippocampus | size | {"policy": "calibrated"} | compared,
         hippocampus | size | {"policy": "calibrated", "steps": 200} | compared,
         {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31} | size | ct,
+        {"data": "latency", "asked_ms": 80.0, "planned_ms": 82.0, "again_ms": 84.0, "dense_ms": 160.0} | size,
     ]
 
 
@@ -83,8 +84,9 @@ def test_page_plot_and_rows(tmp_path):
         "| 0.3 | calibrated | 200 | 12.3% | 20.0% | 0.8670 | 0.9500 | 0.0040 | +0.0010 to +0.0060 |" in text
     )
     assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "12 minutes" in text
+    assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     write_rows(rows(), tmp_path / "rows.json")
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert len(written) == 4 and all("dice_per_case" not in row for row in written)
+    assert len(written) == 5 and all("dice_per_case" not in row for row in written)

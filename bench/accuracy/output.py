@@ -49,6 +49,14 @@ def markdown(
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_ct(row) for row in rows if row["data"] == "ct"),
         "",
+        "## Latency budgets: hippocampus, one patch, fused, fp32",
+        "",
+        "Asked for, measured while planning, and measured again afterwards, in turns.",
+        "",
+        "| asked, ms | planned | again | again ÷ asked | dense | parameters | MACs |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+        *(_latency(row) for row in rows if row["data"] == "latency"),
+        "",
     ]
     return "\n".join(lines)
 
@@ -76,6 +84,11 @@ def _ct(row: Row) -> str:
         f"{row['worst']:.4f} | {row['nsd']:.4f} | {row['other_half']:.4f} | {row['other_half_worst']:.4f} | "
         f"{row['other_half_worst_voxels']} |"
     )
+
+
+def _latency(row: Row) -> str:
+    times = " | ".join(f"{row[key]:.1f}" for key in ("asked_ms", "planned_ms", "again_ms"))
+    return f"| {times} | {row['again_ms'] / row['asked_ms']:.3f} | {row['dense_ms']:.1f} | {_size(row)} |"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,13 +13,15 @@ from typing import Any
 import torch
 
 from bench.accuracy.sources import Sources, calibration_cases, linked
-from tucker_ops.convert import Calibration, CompressionConfig
+from tucker_ops.convert import Calibration, CompressionConfig, substitute
 from tucker_ops.errors import ResumeError
+from tucker_ops.fused import fuse
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
 from tucker_ops.nnunet.compare import compare_tables
-from tucker_ops.nnunet.compress import compress_folder, load_network, plan_folder
+from tucker_ops.nnunet.compress import compress_folder, input_shape, load_network, plan_folder
 from tucker_ops.nnunet.evaluate import evaluate_folder
 from tucker_ops.nnunet.folder import Fold, read_model_folder
+from tucker_ops.nnunet.latency import plan_for_latency, time_network
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.predict import predict_folder
@@ -43,15 +47,43 @@ class Options:
     finetune_steps: int = 200
     ct_steps: int = 100
     ct_below: float = 0.9
+    latency_shares: tuple[float, ...] = (0.8, 0.6, 0.45)
 
 
 def run(sources: Sources, folder: Path, options: Options, log: Log) -> list[dict[str, Any]]:
     """All rows: what was compressed, how, to how many parameters, and what it lost."""
     study = Study(folder)
-    return (
-        _Hippocampus(sources, folder, options, study, log).rows()
-        + _CT(sources, folder, options, study, log).rows()
-    )
+    rows = _Hippocampus(sources, folder, options, study, log).rows()
+    rows += _CT(sources, folder, options, study, log).rows()
+    return rows + latency_rows(sources.hippocampus, options, log)
+
+
+def latency_rows(model: Path, options: Options, log: Log) -> list[dict[str, Any]]:
+    """Budgets of milliseconds, and what the networks planned for them take when timed again afterwards, in turns."""
+    source = read_model_folder(model)
+    network, shape = load_network(source, 0).requires_grad_(False), input_shape(source)
+    x = torch.randn(shape)
+    dense_ms, _ = time_network(fuse(copy.deepcopy(network), precision="fp32"), x)
+    rows, networks = [], []
+    for share in options.latency_shares:
+        log(f"latency: {share:g} of {dense_ms:.1f} ms")
+        plan, found = plan_for_latency(network, CompressionConfig(latency_ms=share * dense_ms), shape)
+        networks.append(fuse(substitute(copy.deepcopy(network), plan.ranks).eval(), precision="fp32"))
+        rows.append(
+            {
+                "data": "latency",
+                "name": f"latency-{share:g}",
+                "asked_ms": found.asked_ms,
+                "planned_ms": found.measured_ms,
+                "dense_ms": found.dense_ms,
+                "of_dense": plan.compressed.params / plan.dense.params,
+                "macs_of_dense": plan.compressed.macs / plan.dense.macs,
+            }
+        )
+    times = [[time_network(n, x)[0] for n in networks] for _ in range(3)]
+    for index, row in enumerate(rows):
+        row["again_ms"] = statistics.median(turn[index] for turn in times)
+    return rows
 
 
 def same_size(model: Path, factor: float) -> int:
