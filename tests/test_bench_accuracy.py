@@ -83,7 +83,7 @@ def test_page_plot_and_rows(tmp_path):
     assert (
         "| 0.3 | calibrated | 200 | 12.3% | 20.0% | 0.8670 | 0.9500 | 0.0040 | +0.0010 to +0.0060 |" in text
     )
-    assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "12 minutes" in text
+    assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "took 12 minutes" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from bench.accuracy.study import Options, run, write_rows
 from bench.provenance import REPOSITORY, provenance
 from tucker_ops.errors import TuckerOpsError
 from tucker_ops.nnunet.output import write_file
+from tucker_ops.nnunet.study import Study
 
 RESULTS = REPOSITORY / "bench" / "results"
 
@@ -47,20 +47,13 @@ def main() -> None:
         rows = run(Sources(arguments.sources), arguments.work, options, log)
     except TuckerOpsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    minutes = _add_time(arguments.work / "time.json", time.perf_counter() - start) / 60
+    minutes = Study(arguments.work).seconds() / 60
     write_rows(rows, arguments.output / "results.json")
     text = markdown(rows, provenance(), asdict(options), minutes)
     write_file(arguments.output / "results.md", text.encode(), force=True)
     plot(rows, arguments.output / "accuracy.png")
     print(text)
     print(f"Written to {arguments.output}")
-
-
-def _add_time(path: Path, seconds: float) -> float:
-    """Seconds of this run and those that finished before it in the same folder."""
-    known = json.loads(path.read_text()) if path.is_file() else 0.0
-    write_file(path, json.dumps(known + seconds).encode(), force=True)
-    return known + seconds
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def markdown(
     lines = [
         "# Accuracy after compression",
         "",
-        f"`make accuracy`, commit {provenance['commit']}, {machine}; {minutes:.0f} minutes of work in all.",
+        f"`make accuracy`, commit {provenance['commit']}, {machine}; its steps took {minutes:.0f} minutes.",
         f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.",
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "

@@ -124,6 +124,7 @@ def test_a_step_is_whole_or_made_again(tmp_path):
     assert study.step("a", {"x": 1}, lambda: {"y": 2}) == {"y": 2}
     assert study.step("a", {"x": 1}, fail) == {"y": 2}
     assert study.step("a", {"x": 2}, lambda: {"y": 3}) == {"y": 3}
+    assert 0 <= study.seconds() < 1
     # What a kill leaves beside it is not looked at.
     (tmp_path / "steps" / ".b.json.tmp").write_text('{"arg')
     assert study.step("b", {}, lambda: {"z": 1}) == {"z": 1}

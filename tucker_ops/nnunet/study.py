@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ class Study:
             kept = json.loads(path.read_text())
             if kept["arguments"] == asked:
                 return kept["result"]
+        start = time.perf_counter()
         result = json.loads(json.dumps(make()))
-        content = json.dumps({"arguments": asked, "result": result}, indent=1)
-        write_file(path, content.encode(), force=True)
+        step = {"arguments": asked, "seconds": time.perf_counter() - start, "result": result}
+        write_file(path, json.dumps(step, indent=1).encode(), force=True)
         return result
+
+    def seconds(self) -> float:
+        """What the steps that are kept took together, each in the run that made it."""
+        files = (self.folder / "steps").glob("*.json")
+        return sum(json.loads(file.read_text())["seconds"] for file in files)
