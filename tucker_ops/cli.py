@@ -180,7 +180,7 @@ def compress(
         typer.Option(
             "--calibrate",
             help="Folder of a few unlabelled images (or cases that nnU-Net preprocessed) by which to judge what "
-            "matters; alone, it means --macs 0.3. Takes minutes and loses far less.",
+            "matters; alone, it means --macs 0.5. Takes minutes and loses far less.",
         ),
     ] = None,
     calibrate_case: Annotated[
@@ -261,7 +261,7 @@ def compress(
         config = CompressionConfig.weber2024(budget.get("factor", 0.5))
     else:
         config = CompressionConfig(
-            **(budget or ({"macs": 0.3} if calibrate else {"factor": 0.5})),
+            **(budget or ({"macs": 0.5} if calibrate else {"factor": 0.5})),
             min_rank=min_rank,
             align=align,
             skip_transposed=skip_transposed,

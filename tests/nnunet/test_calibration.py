@@ -172,7 +172,7 @@ def test_command_line(tmp_path, tiny_model, images, shell):  # noqa: F811
     )  # fmt: skip
     assert code == 0, err
     manifest = read_manifest(tmp_path / "a")
-    assert manifest.config.macs == 0.3 and manifest.calibration["cases"] == ["a"]
+    assert manifest.config.macs == 0.5 and manifest.calibration["cases"] == ["a"]
     assert "nats" in out
     code, out, _ = shell(
         "compress", tiny_model, "-o", tmp_path / "b", "--policy", "weber2024", "--factor", 0.2
