@@ -214,7 +214,7 @@ def test_command_line_refuses_before_measuring(tmp_path, capsys):
 def test_bench_command_says_where_the_benchmarks_are_when_absent(monkeypatch, tmp_path):
     pytest.importorskip("typer")
     import tucker_ops
-    from tucker_ops.cli import bench
+    from tucker_ops.cli.timing import bench
 
     monkeypatch.setattr(tucker_ops, "__file__", str(tmp_path / "site" / "tucker_ops" / "__init__.py"))
     monkeypatch.chdir(tmp_path)

@@ -201,7 +201,7 @@ def test_killed_and_resumed(tmp_path, images, labels, tiny_model, compressed):
     data = TrainingSet(images=images, labels=labels)
     # Other arguments are not mixed into it.
     other = FinetuneSettings(steps=step + 2, steps_per_epoch=2, batch_size=2, precision="fp32")
-    with pytest.raises(ResumeError, match=r"left of a run with another settings.*--restart"):
+    with pytest.raises(ResumeError, match=r"interrupted fine-tuning with another settings.*--restart"):
         finetune_folder(compressed, output, data, other, teacher=tiny_model)
     # As if the run had been asked for a few steps more than it did: the schedule's end is near.
     state = tmp_path / "tuned.training" / "finetuning.json"
@@ -259,7 +259,7 @@ def test_another_teacher_or_split_does_not_resume(tmp_path, images, labels, tiny
     mine = tmp_path / "b.training" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(OutputExistsError, match="not of an interrupted fine-tuning"):
+    with pytest.raises(OutputExistsError, match="does not hold an interrupted fine-tuning"):
         finetune_folder(compressed, tmp_path / "b", data, QUICK, teacher=tiny_model, restart=True)
     assert mine.exists()
 

@@ -8,7 +8,7 @@ import pytest
 from test_cli_compress import shell  # noqa: F401
 
 from tucker_ops.convert import CompressionConfig
-from tucker_ops.errors import ConfigError, OutputExistsError
+from tucker_ops.errors import ConfigError, OutputExistsError, ResumeError
 from tucker_ops.nnunet.calibration import CalibrationSet
 from tucker_ops.nnunet.evaluate import evaluate_folder
 from tucker_ops.nnunet.manifest import read_manifest
@@ -70,7 +70,7 @@ def test_interrupted_and_resumed(tmp_path, tiny_model, images, monkeypatch):
     fewer = sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS[:1])
     assert predicting.count == 2 and fewer.rows[1]["dice"] != result.rows[1]["dice"]
     assert not (predictions / "dense" / "b.nii.gz").exists()
-    with pytest.raises(OutputExistsError, match="another calibrate"):
+    with pytest.raises(ResumeError, match="another calibrate"):
         sweep_folder(tiny_model, tmp_path / "out", images, CONFIGS, calibrate=data)
     monkeypatch.setattr(run, "calibrate_network", calibrating)
     made.clear()
@@ -145,5 +145,5 @@ def test_command_line_and_refusals(tmp_path, tiny_model, images, shell):  # noqa
         sweep_folder(tiny_model, tmp_path / "q", images, [])
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "mine.txt").write_text("")
-    with pytest.raises(OutputExistsError, match="holds no sweep"):
+    with pytest.raises(OutputExistsError, match="does not hold a sweep"):
         sweep_folder(tiny_model, tmp_path / "r", images, CONFIGS)

@@ -1,4 +1,4 @@
-"""Long work in named steps, whose results outlive an interrupt: one JSON file a step, whole or not there."""
+"""Long work whose results outlive an interrupt: a folder of its own, in it one JSON file a step, whole or absent."""
 
 from __future__ import annotations
 
@@ -8,9 +8,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tucker_ops.errors import OutputExistsError, ResumeError
 from tucker_ops.nnunet.output import write_file
 
 Result = dict[str, Any]
+
+
+def claim(folder: Path, state: str, arguments: Mapping[str, Any], *, work: str, otherwise: str) -> None:
+    """Make `folder` that of some `work` with these `arguments` (JSON), kept in its file `state`, or find that it is.
+
+    Raises ResumeError where it holds the same work with other arguments (`otherwise` says what to do then), and
+    OutputExistsError where it holds something else.
+    """
+    mine, path = json.loads(json.dumps(arguments, default=str)), folder / state
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        differing = sorted(key for key in mine if theirs.get(key) != mine[key])
+        if differing:
+            raise ResumeError(f"{folder} holds {work} with another {', '.join(differing)}; {otherwise}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise OutputExistsError(
+            f"{folder} exists and does not hold {work}; choose another output, or remove it"
+        )
+    else:
+        write_file(path, json.dumps(mine, indent=1).encode())
 
 
 class Study:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from tucker_ops.convert import Calibration, CompressionConfig, Plan
-from tucker_ops.errors import ConfigError, OutputExistsError
+from tucker_ops.errors import ConfigError
 from tucker_ops.fused import fuse
 from tucker_ops.nnunet.calibration import CalibrationSet, calibrate_network
 from tucker_ops.nnunet.checkpoint import read_checkpoint, sha256
@@ -31,9 +30,8 @@ from tucker_ops.nnunet.images import find_cases, fingerprint
 from tucker_ops.nnunet.latency import time_network
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.networks import build_network
-from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.predict import predict_folder
-from tucker_ops.nnunet.study import Study
+from tucker_ops.nnunet.study import Study, claim
 
 Progress = Callable[[str, int, int], None]
 STATE = "sweep.json"
@@ -82,8 +80,8 @@ def sweep_folder(
     go, so that they compare.
 
     Raises ConfigError where a config is given twice or none is; OutputExistsError where `output_dir` holds something
-    else, or the sweep of another model or calibration; and the errors of `compress_folder`, `predict_folder` and
-    `evaluate_folder`.
+    else, ResumeError where it holds the sweep of another model or calibration; and the errors of `compress_folder`,
+    `predict_folder` and `evaluate_folder`.
     """
     names = [_name(config) for config in configs]
     if not names or len(set(names)) < len(names):
@@ -164,26 +162,14 @@ class _Run:
             self.progress(label, done, total)
 
     def _open(self) -> None:
-        mine = {
+        arguments = {
             "model": sha256(self.model.checkpoint_path(self.fold, self.checkpoint)),
             "fold": self.fold,
             "calibrate": None
             if self.calibrate is None
             else self.calibrate.describe() | {"folder": self.calibrate.folder},
         }
-        mine = json.loads(json.dumps(mine, default=str))
-        state = self.folder / STATE
-        if state.is_file():
-            theirs = json.loads(state.read_text())
-            other = sorted(key for key in mine if theirs.get(key) != mine[key])
-            if other:
-                raise OutputExistsError(
-                    f"{self.folder} holds a sweep with another {', '.join(other)}; choose another output, or remove it"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise OutputExistsError(f"{self.folder} exists and holds no sweep; choose another output")
-        else:
-            write_file(state, json.dumps(mine, indent=1).encode())
+        claim(self.folder, STATE, arguments, work="a sweep", otherwise="choose another output, or remove it")
 
     def _is_made(self, name: str, config: CompressionConfig) -> bool:
         target = self.folder / "models" / _slug(name)
@@ -228,7 +214,6 @@ class _Run:
         return {"dice": evaluation.mean, "agreement": agreement} | {key: comparison[key] for key in kept}
 
     def _dense_row(self, judged: Mapping[str, Any]) -> dict[str, Any]:
-
         cost = self._plan(CompressionConfig(factor=1.0, only_if_cheaper=False)).dense
         nothing = {"agreement": 1.0, "mean_drop": None, "worst_class": None, "worst_class_drop": None}
         return {"name": "dense", "parameters": cost.params, "macs": cost.macs} | nothing | judged

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from tucker_ops.errors import ConfigError, DtypeError, ModelFolderError, OutputExistsError, ResumeError
+from tucker_ops.errors import ConfigError, DtypeError, ModelFolderError
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256, stored_dtype
 from tucker_ops.nnunet.compress import check_apart, is_earlier_output, load_network
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME
 from tucker_ops.nnunet.networks import build_network
-from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.predict import load_predictor, usable_device
 from tucker_ops.nnunet.staging import check_destination, staged_folder
+from tucker_ops.nnunet.study import claim
 from tucker_ops.nnunet.training.data import TrainingSet, cases_in, prepare_cases
 from tucker_ops.nnunet.training.settings import FinetuneSettings
 from tucker_ops.nnunet.verify import probe, verify_folder
@@ -75,8 +75,8 @@ def finetune_folder(
         progress: called with a label, the steps done, and their number.
 
     State lives in OUTPUT.training, after each epoch, until the result is written. A run with the same arguments goes on
-    from there. Raises ConfigError for an interrupted run with other arguments, and for options that do not fit; and
-    the errors of `read_model_folder`, `prepare_cases`, OutputExistsError and OutputWriteError.
+    from there. Raises ResumeError for an interrupted run with other arguments, ConfigError for options that do not fit;
+    and the errors of `read_model_folder`, `prepare_cases`, OutputExistsError and OutputWriteError.
     """
     settings = settings or FinetuneSettings()
     model_dir, output_dir = Path(model_dir), Path(output_dir)
@@ -207,24 +207,12 @@ class _Run:
 
     def open(self, restart: bool) -> None:
         """Make the folder of state, or make sure that the one that is there belongs to this run."""
-        mine = json.loads(json.dumps(self._arguments()))
-        state = self.folder / STATE
-        if restart and state.is_file():
+        if restart and (self.folder / STATE).is_file():
             shutil.rmtree(self.folder)
-        if state.is_file():
-            theirs = json.loads(state.read_text())
-            differing = sorted(key for key in mine if theirs.get(key) != mine[key])
-            if differing:
-                raise ResumeError(
-                    f"{self.folder} is left of a run with another {', '.join(differing)}; give the same arguments to "
-                    "resume it, or begin anew with --restart (restart=True)"
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise OutputExistsError(
-                f"{self.folder} exists and is not of an interrupted fine-tuning; remove or rename it"
-            )
-        else:
-            write_file(state, json.dumps(mine, indent=1).encode())
+        claim(
+            self.folder, STATE, self._arguments(), work="an interrupted fine-tuning",
+            otherwise="give the same arguments to resume it, or begin anew with --restart (restart=True)",
+        )  # fmt: skip
 
     def forget_if_empty(self) -> None:
         """Refused before anything was made, a run leaves nothing that a corrected one would stumble over."""

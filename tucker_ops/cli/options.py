@@ -1,0 +1,83 @@
+"""Options that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tucker_ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tucker_ops.nnunet.calibration import CalibrationSet
+    from tucker_ops.nnunet.compare import Gate
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="nnU-Net model folder: dataset.json, plans.json, fold_*/.")
+]
+FoldOption = Annotated[
+    list[str] | None,
+    typer.Option("--fold", "-f", help="Fold to use; repeat it for several. Default: all there are."),
+]
+CheckpointOption = Annotated[
+    str, typer.Option("--checkpoint", help="Name of the checkpoint file in each fold.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 or mps.")]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-checkpoint", help="Read a checkpoint by pickle, which can run code, if it needs that."
+    ),
+]
+MaxDropOption = Annotated[
+    float | None, typer.Option("--max-drop", help="Mean Dice over classes that may be lost [default: 0.01].")
+]
+MaxClassDropOption = Annotated[
+    float | None, typer.Option("--max-class-drop", help="Dice that any one class may lose [default: 0.03].")
+]
+
+
+def gate_of(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
+    """The gate that either option asks for, None where neither does."""
+    from tucker_ops.nnunet.compare import Gate
+
+    given = {"max_drop": max_drop, "max_class_drop": max_class_drop}
+    given = {name: value for name, value in given.items() if value is not None}
+    return Gate(**given) if given else None
+
+
+def calibration_set(
+    folder: Path | None, cases: list[str] | None, patches: int | None, splits: Path | None
+) -> CalibrationSet | None:
+    """What --calibrate and its companions ask for."""
+    from tucker_ops.nnunet.calibration import CalibrationSet
+
+    given = {"cases": tuple(cases) if cases else None, "patches": patches, "splits": splits}
+    given = {name: value for name, value in given.items() if value is not None}
+    if folder is not None:
+        return CalibrationSet(folder, **given)
+    if given:
+        raise ConfigError(
+            f"--calibrate-{', --calibrate-'.join(given)} is of the images of --calibrate, which is missing; give the "
+            "folder"
+        )
+    return None
+
+
+def extents(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--patch {text!r} given; it is whole numbers with commas between, as 64,64,64"
+        ) from None
+
+
+def numbers(name: str, text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {text!r} given; it is numbers with commas between"
+        ) from None
