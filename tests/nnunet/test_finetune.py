@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tucker_ops.convert import CompressionConfig
 from tucker_ops.errors import (
+    AccuracyError,
     ConfigError,
     DeviceError,
     ModelFolderError,
@@ -106,7 +107,11 @@ def test_distillation_comes_nearer_to_the_dense_model(tmp_path, images, tiny_mod
     settings = FinetuneSettings(
         steps=30, learning_rate=3e-3, steps_per_epoch=10, batch_size=2, supervise=0.0, precision="fp32"
     )
-    finetune_folder(compressed, tmp_path / "tuned", TrainingSet(images=images), settings, teacher=tiny_model)
+    summary = finetune_folder(
+        compressed, tmp_path / "tuned", TrainingSet(images=images), settings, teacher=tiny_model
+    )
+    before, after = summary.distances[0]
+    assert 0 < after < 0.7 * before
     # As smooth as the images.
     x = F.interpolate(torch.randn(4, 1, 3, 3, 3), size=(16, 16, 16), mode="trilinear")
     with torch.no_grad():
@@ -116,6 +121,38 @@ def test_distillation_comes_nearer_to_the_dense_model(tmp_path, images, tiny_mod
             for folder in (compressed, tmp_path / "tuned")
         ]
     assert distances[1] < 0.7 * distances[0], distances
+
+
+def test_without_labels_only_the_dense_model_teaches(tmp_path, images, labels, tiny_model, compressed):
+    """Its segmentations stand in for labels where patches are drawn, but are no second, harder target."""
+    unlabelled, labelled = TrainingSet(images=images), TrainingSet(images=images, labels=labels)
+    for name, data, weight in (("a", unlabelled, 0.0), ("b", labelled, 1.0)):
+        summary = finetune_folder(compressed, tmp_path / name, data, QUICK, teacher=tiny_model)
+        manifest = json.loads((tmp_path / name / "tucker_ops_manifest.json").read_text())["finetuning"]
+        assert manifest["settings"]["supervise"] == weight
+        assert manifest["distances"] == {"0": list(summary.distances[0])}
+    asked = FinetuneSettings(steps=1, steps_per_epoch=1, supervise=0.5)
+    assert asked.resolved(has_labels=False).supervise == 0.5
+    nothing = FinetuneSettings(steps=1, steps_per_epoch=1, distill=0.0)
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        finetune_folder(compressed, tmp_path / "c", unlabelled, nothing, teacher=tiny_model)
+
+
+def test_training_away_from_the_dense_model_is_refused(tmp_path, images, labels, tiny_model, compressed):
+    wild = FinetuneSettings(steps=3, steps_per_epoch=3, learning_rate=1.0, batch_size=2, precision="fp32")
+    with pytest.raises(AccuracyError, match=r"away from the dense model.*--learning-rate.*--restart"):
+        finetune_folder(compressed, tmp_path / "a", TrainingSet(images=images), wild, teacher=tiny_model)
+    assert not (tmp_path / "a").exists()
+    # The same run, asked again, is judged again; a gentler one begins anew.
+    with pytest.raises(AccuracyError, match="away from the dense model"):
+        finetune_folder(compressed, tmp_path / "a", TrainingSet(images=images), wild, teacher=tiny_model)
+    finetune_folder(
+        compressed, tmp_path / "a", TrainingSet(images=images), QUICK, teacher=tiny_model, restart=True
+    )
+    # With labels there is more to learn than the dense model, and the distance is only told.
+    data = TrainingSet(images=images, labels=labels)
+    summary = finetune_folder(compressed, tmp_path / "b", data, wild, teacher=tiny_model)
+    assert summary.distances[0][1] > summary.distances[0][0]
 
 
 def test_features_without_labels_and_a_dense_model_without_a_teacher(

@@ -55,7 +55,10 @@ def finetune(
             "--distill", help="Weight of the distance to the teacher's output [default: 1 with one]."
         ),
     ] = None,
-    supervise: Annotated[float, typer.Option("--supervise", help="Weight of nnU-Net's own loss.")] = 1.0,
+    supervise: Annotated[
+        float | None,
+        typer.Option("--supervise", help="Weight of nnU-Net's own loss [default: 1 with labels, 0 without]."),
+    ] = None,
     features: Annotated[
         float, typer.Option("--features", help="Weight of the distance to the teacher's encoder features.")
     ] = 0.0,
@@ -105,4 +108,8 @@ def finetune(
     for number, names in summary.cases.items():
         resumed = f", resumed at step {summary.resumed_at[number]}" if number in summary.resumed_at else ""
         console().print(f"fold {number}: {summary.steps} steps on {len(names)} cases{resumed}")
+    for number, (before, after) in summary.distances.items():
+        console().print(
+            f"fold {number}: distance to the dense model {before:.3g} nats a voxel before, {after:.3g} after"
+        )
     console().print(f"Precision {summary.precision}. Written to {summary.output}", soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from tucker_ops.convert import Calibration
 from tucker_ops.errors import CalibrationError, ConfigError, ImageError
 from tucker_ops.nnunet.folder import Fold, ModelFolder
 from tucker_ops.nnunet.images import find_cases
+from tucker_ops.nnunet.patches import random_patch
 from tucker_ops.nnunet.preprocess import Preprocessor
 from tucker_ops.nnunet.splits import found_beside, read_split
 
@@ -92,7 +93,7 @@ def calibrate_network(
         for name in volumes:
             volume = volumes.read(name)
             for _ in range(share):
-                yield _random_patch(volume, size, generator)[None]
+                yield random_patch(volume, size, generator)[None]
                 done += 1
                 if progress is not None:
                     progress(f"calibrating on {name}", done, total)
@@ -190,19 +191,3 @@ class _Volumes:
             raise ImageError(
                 f"calibration case {name} of {folder} is not as nnU-Net preprocesses them ({error}); preprocess it anew"
             ) from error
-
-
-def _random_patch(volume: Tensor, size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """[C, *size] from anywhere in the volume (a slice of it for a 2D network); zeros around those that are smaller."""
-    if len(size) < volume.ndim - 1:
-        volume = volume[:, int(torch.randint(volume.shape[1], (), generator=generator))]
-    pad = []
-    for have, want in zip(reversed(volume.shape[1:]), reversed(size), strict=True):
-        missing = max(0, want - have)
-        pad += [missing // 2, missing - missing // 2]
-    volume = nn.functional.pad(volume, pad)
-    corner = [
-        int(torch.randint(have - want + 1, (), generator=generator))
-        for have, want in zip(volume.shape[1:], size, strict=True)
-    ]
-    return volume[(slice(None), *(slice(c, c + n) for c, n in zip(corner, size, strict=True)))].contiguous()

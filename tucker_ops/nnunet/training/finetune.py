@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tucker_ops.errors import ConfigError, DtypeError, ModelFolderError
+from tucker_ops.errors import AccuracyError, ConfigError, DtypeError, ModelFolderError
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256, stored_dtype
 from tucker_ops.nnunet.compress import check_apart, is_earlier_output, load_network
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read_model_folder
@@ -26,6 +26,7 @@ from tucker_ops.nnunet.predict import load_predictor, usable_device
 from tucker_ops.nnunet.staging import check_destination, staged_folder
 from tucker_ops.nnunet.study import claim
 from tucker_ops.nnunet.training.data import TrainingSet, cases_in, prepare_cases
+from tucker_ops.nnunet.training.outcome import DistanceToDense
 from tucker_ops.nnunet.training.settings import FinetuneSettings
 from tucker_ops.nnunet.verify import probe, verify_folder
 
@@ -35,13 +36,17 @@ STATE = "finetuning.json"
 
 @dataclass(frozen=True)
 class FinetuneSummary:
-    """``precision`` says in which one steps ran, and why; ``resumed_at`` the step that each fold went on from."""
+    """``precision`` says in which one steps ran, and why; ``resumed_at`` the step that each fold went on from.
+
+    ``distances`` are those to the dense model, before and after, of each fold (see `DistanceToDense`); with a teacher.
+    """
 
     output: Path
     steps: int
     precision: str
     cases: Mapping[Fold, tuple[str, ...]]
     resumed_at: Mapping[Fold, int] = field(default_factory=dict)
+    distances: Mapping[Fold, tuple[float, float]] = field(default_factory=dict)
 
 
 def finetune_folder(
@@ -75,7 +80,8 @@ def finetune_folder(
         progress: called with a label, the steps done, and their number.
 
     State lives in OUTPUT.training, after each epoch, until the result is written. A run with the same arguments goes on
-    from there. Raises ResumeError for an interrupted run with other arguments, ConfigError for options that do not fit;
+    from there. Raises AccuracyError where, without labels, training ended farther from the dense model than it began;
+    ResumeError for an interrupted run with other arguments, ConfigError for options that do not fit;
     and the errors of `read_model_folder`, `prepare_cases`, OutputExistsError and OutputWriteError.
     """
     settings = settings or FinetuneSettings()
@@ -94,6 +100,7 @@ def finetune_folder(
     dense = None if teacher is None else _read_teacher(Path(teacher), model, chosen, checkpoint, trust)
     if dense is None:
         _check_without_teacher(settings, data)
+    settings.resolved(has_labels=data.has_labels)
     precision, why = _precision(settings.precision, device)
     training = output_dir.with_name(f"{output_dir.name}.training")
     run = _Run(
@@ -120,7 +127,9 @@ def finetune_folder(
         raise
     if not keep_training:
         shutil.rmtree(training, ignore_errors=True)
-    return FinetuneSummary(output_dir, settings.steps, f"{precision}: {why}", run.cases, run.resumed_at)
+    return FinetuneSummary(
+        output_dir, settings.steps, f"{precision}: {why}", run.cases, run.resumed_at, run.distances
+    )
 
 
 def _is_replaceable(path: Path) -> bool:
@@ -204,6 +213,7 @@ class _Run:
     progress: Progress | None
     cases: dict[Fold, tuple[str, ...]] = field(default_factory=dict)
     resumed_at: dict[Fold, int] = field(default_factory=dict)
+    distances: dict[Fold, tuple[float, float]] = field(default_factory=dict)
 
     def open(self, restart: bool) -> None:
         """Make the folder of state, or make sure that the one that is there belongs to this run."""
@@ -236,7 +246,16 @@ class _Run:
         """For the manifest: what was done, without paths."""
         cases = {str(fold): list(names) for fold, names in self.cases.items()}
         known = {key: value for key, value in self._arguments().items() if key != "data"}
-        return known | {"precision": self.precision, "cases": cases, "labels": self.data.has_labels}
+        return known | {
+            "settings": self._resolved().to_dict(),
+            "precision": self.precision,
+            "cases": cases,
+            "labels": self.data.has_labels,
+            "distances": {str(fold): list(pair) for fold, pair in self.distances.items()},
+        }
+
+    def _resolved(self) -> FinetuneSettings:
+        return self.settings.resolved(has_labels=self.data.has_labels)
 
     def result(self, fold: Fold) -> Path:
         return self.folder / f"fold_{fold}" / "checkpoint_final.pth"
@@ -246,18 +265,49 @@ class _Run:
         self.cases[fold] = tuple(names)
         if self.result(fold).is_file():
             self.resumed_at[fold] = self.settings.steps
-            return
+        else:
+            self._train(fold, preprocessed, names)
+        if self.teacher is not None:
+            self._judge(fold, preprocessed, names)
+
+    def _train(self, fold: Fold, preprocessed: Path, names: Sequence[str]) -> None:
         latest = self.result(fold).with_name("checkpoint_latest.pth")
         if latest.is_file():
             self.resumed_at[fold] = read_checkpoint(latest, trust=self.trust)["step"]
         job = _Job(
-            self.model, self.teacher, fold, self.checkpoint, self.settings, preprocessed, tuple(names),
+            self.model, self.teacher, fold, self.checkpoint, self._resolved(), preprocessed, tuple(names),
             self.result(fold).parent, self.device, self.precision, self.trust,
         )  # fmt: skip
         if self.processes == 1:
             _work(job, self._steps)
         else:
             self._distribute(job)
+
+    def _judge(self, fold: Fold, preprocessed: Path, names: Sequence[str]) -> None:
+        """Measure both distances. Without labels all there is to learn is the dense model: farther from it is worse."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        plans = PlansManager(dict(self.model.plans))
+        configuration = plans.get_configuration(self.model.configuration)
+        distance = DistanceToDense(
+            load_network(self.teacher, fold, self.checkpoint, trust=self.trust),
+            preprocessed / configuration.data_identifier,
+            names,
+            self.model.patch_size,
+            regions=plans.get_label_manager(dict(self.model.dataset_json)).has_regions,
+        )
+        network = load_network(self.model, fold, self.checkpoint, trust=self.trust)
+        before = distance.of(network)
+        network.load_state_dict(read_checkpoint(self.result(fold), trust=self.trust)["network_weights"])
+        after = distance.of(network)
+        self.distances[fold] = (before, after)
+        if not self.data.has_labels and not after < before:
+            raise AccuracyError(
+                f"fine-tuning took fold {fold} away from the dense model, on whole patches of the images it was "
+                f"trained on ({before:.3g} nats a voxel before, {after:.3g} after), and nothing was written; lower "
+                "--learning-rate (learning_rate=), enlarge --patch (patch_size=) to the plans', or give labels, each "
+                "with --restart (restart=True)"
+            )
 
     def _distribute(self, job: _Job) -> None:
         step = torch.multiprocessing.get_context("spawn").Value("i", 0)

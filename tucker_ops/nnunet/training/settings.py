@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tucker_ops.errors import ConfigError
@@ -23,7 +23,9 @@ class FinetuneSettings:
         patch_size: extents of the patches; the plans' by default.
         distill: weight of KL(dense ‖ compressed) per voxel beside nnU-Net's own loss; 0 for none.
         supervise: weight of nnU-Net's own loss (Dice and cross-entropy, deep supervision); against labels, or against
-            the dense model's segmentations where there are none.
+            the dense model's segmentations where there are none. None, the default, is 1 with labels and 0 without:
+            the dense model says nothing there that distillation does not, and where it errs under augmentation the
+            two pull apart.
         features: weight of the distance between both networks' encoder features (each channel brought to unit
             variance by the dense one's), stage by stage; 0 for none.
         temperature: of both softmaxes in the distillation (Hinton et al. 2015).
@@ -41,7 +43,7 @@ class FinetuneSettings:
     batch_size: int | None = None
     patch_size: tuple[int, ...] | None = None
     distill: float = 1.0
-    supervise: float = 1.0
+    supervise: float | None = None
     features: float = 0.0
     temperature: float = 1.0
     precision: str = "auto"
@@ -58,8 +60,9 @@ class FinetuneSettings:
         for name in ("learning_rate", "temperature"):
             self._check_number(name, above=True)
         for name in ("weight_decay", "distill", "supervise", "features"):
-            self._check_number(name, above=False)
-        if not self.distill + self.supervise + self.features > 0:
+            if getattr(self, name) is not None or name != "supervise":
+                self._check_number(name, above=False)
+        if self.supervise is not None and not self.distill + self.supervise + self.features > 0:
             raise ConfigError(
                 "distill, supervise and features are all 0, so there is nothing to learn from; set one"
             )
@@ -78,6 +81,12 @@ class FinetuneSettings:
             raise ConfigError(
                 f"{name} must be a number {'above' if above else 'of at least'} 0, got {value!r}"
             )
+
+    def resolved(self, *, has_labels: bool) -> FinetuneSettings:
+        """With `supervise` a number. Raises ConfigError where nothing is left to learn from."""
+        if self.supervise is not None:
+            return self
+        return replace(self, supervise=1.0 if has_labels else 0.0)
 
     @property
     def epochs(self) -> int:
