@@ -68,6 +68,7 @@ def rows():
     }
     hippocampus = {"data": "hippocampus", "dice": 0.867, "nsd": 0.95, "dice_per_case": {"a": {"anterior": 1}}}
     ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "other_half": 0.96, "other_half_worst": 0.8}
+    ct |= {"other_half_worst_sizeable": 0.9321}
     return [
         hippocampus | size | {"policy": "dense", "of_dense": 1.0},
         hippocampus | size | {"policy": "calibrated"} | compared,
@@ -83,7 +84,10 @@ def test_page_plot_and_rows(tmp_path):
     assert (
         "| 0.3 | calibrated | 200 | 12.3% | 20.0% | 0.8670 | 0.9500 | 0.0040 | +0.0010 to +0.0060 |" in text
     )
-    assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "took 12 minutes" in text
+    assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "; 12 minutes." in text
+    resumed = output.markdown(rows(), about, {"steps": 200}, 12.4, resumed=True)
+    assert "resumed, its longer steps took 12 minutes" in resumed
+    assert "| 0.8000 | 31 | 0.9321 |" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -43,13 +43,14 @@ def main() -> None:
         print(f"{(time.perf_counter() - start) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
 
     options = Options()
+    resumed = (arguments.work / "steps").is_dir()
     try:
         rows = run(Sources(arguments.sources), arguments.work, options, log)
     except TuckerOpsError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    minutes = Study(arguments.work).seconds() / 60
+    minutes = (Study(arguments.work).seconds() if resumed else time.perf_counter() - start) / 60
     write_rows(rows, arguments.output / "results.json")
-    text = markdown(rows, provenance(), asdict(options), minutes)
+    text = markdown(rows, provenance(), asdict(options), minutes, resumed=resumed)
     write_file(arguments.output / "results.md", text.encode(), force=True)
     plot(rows, arguments.output / "accuracy.png")
     print(text)

@@ -16,14 +16,22 @@ COLOURS = {
 
 
 def markdown(
-    rows: Sequence[Row], provenance: Mapping[str, Any], settings: Mapping[str, Any], minutes: float
+    rows: Sequence[Row],
+    provenance: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    minutes: float,
+    *,
+    resumed: bool = False,
 ) -> str:
-    """The whole result as a page."""
+    """The whole result as a page; `minutes` of the run, or of the steps that are kept where it was `resumed`."""
     machine = f"{provenance['cpu']}, {provenance['cores']} cores, torch {provenance['torch']}"
     lines = [
         "# Accuracy after compression",
         "",
-        f"`make accuracy`, commit {provenance['commit']}, {machine}; its steps took {minutes:.0f} minutes.",
+        f"`make accuracy`, commit {provenance['commit']}, {machine}; "
+        + (
+            f"resumed, its longer steps took {minutes:.0f} minutes." if resumed else f"{minutes:.0f} minutes."
+        ),
         f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.",
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "
@@ -42,11 +50,13 @@ def markdown(
         "## CT, 24 organs: agreement with the dense model's output",
         "",
         "Calibrated on the first half (left to right) of one CT; Dice with the dense output, mean and worst of the "
-        "classes that are there. voxels: how many the dense model gives that worst class in the other half. NSD at "
-        "3 mm. Rows with steps were trained on by label-free distillation on the first half.",
+        "classes that are there. voxels: how many the dense model gives that worst class in the other half; worst of "
+        "100: the worst of the classes with at least 100. NSD at 3 mm. Rows with steps were trained on by label-free "
+        "distillation on the first half.",
         "",
-        "| at DF | policy | steps | parameters | MACs | whole: mean | worst | NSD | other half | worst | voxels |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| at DF | policy | steps | parameters | MACs | whole: mean | worst | NSD | other half | worst | voxels "
+        "| worst of 100 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_ct(row) for row in rows if row["data"] == "ct"),
         "",
         "## Latency budgets: hippocampus, one patch, fused, fp32",
@@ -82,7 +92,7 @@ def _ct(row: Row) -> str:
     return (
         f"| {row['factor']} | {row['policy']} | {row['steps'] or ''} | {_size(row)} | {row['agreement']:.4f} | "
         f"{row['worst']:.4f} | {row['nsd']:.4f} | {row['other_half']:.4f} | {row['other_half_worst']:.4f} | "
-        f"{row['other_half_worst_voxels']} |"
+        f"{row['other_half_worst_voxels']} | {row['other_half_worst_sizeable']:.4f} |"
     )
 
 

@@ -108,8 +108,14 @@ def test_a_patch_that_would_not_fit_is_shortened(tmp_path):
     plans = json.loads((model / "plans.json").read_text())
     plans["configurations"]["3d_fullres"]["patch_size"] = [128, 160, 112]
     (model / "plans.json").write_text(json.dumps(plans))
-    extents = patch_extents(read_model_folder(model))
-    assert np.prod(extents) <= 64**3 and all(n % 4 == 0 and n >= 60 for n in extents)
+    source = read_model_folder(model)
+    extents = patch_extents(source, (200, 200, 200))
+    assert 90**3 < np.prod(extents) <= 96**3 and all(n % 4 == 0 and n >= 90 for n in extents)
+    # What would be padding goes first, and no more of it than must.
+    assert patch_extents(source, (200, 160, 30)) == (128, 160, 40)
+    assert patch_extents(source, (200, 40, 112)) == (128, 60, 112)
+    # A patch that fits is padded, as it is in prediction.
+    assert patch_extents(read_model_folder(make_model(tmp_path / "small")), (5, 5, 5)) == (16, 16, 16)
 
 
 @pytest.mark.parametrize(

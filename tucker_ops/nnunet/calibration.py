@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from tucker_ops.nnunet.splits import found_beside, read_split
 
 Progress = Callable[[str, int, int], None]
 
-# What one backward pass holds in memory grows with the patch: a 5-stage U-Net of 32 features takes 2 GB at 64³.
-LARGEST_PATCH = 64**3
+# What one backward pass holds in memory grows with the patch: a 5-stage U-Net of 32 features takes 3.3 GB at
+# 112×112×64. Small patches calibrate worse, because norms see other statistics in them than in prediction.
+LARGEST_PATCH = 96**3
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def calibrate_network(
     """`tucker_ops.calibrate` on random patches of `data`, preprocessed as nnU-Net does for this model.
 
     `fold` is that of the network: its validation cases are left out where `data` has splits to tell which they are.
-    Patches have the extents of the plans, at most `LARGEST_PATCH` voxels. Raises CalibrationError for images
+    Patches have the extents of `patch_extents`. Raises CalibrationError for images
     that hold one value only, or that the model learns nothing from; ConfigError for the second stage of a
     cascade or a case that is not there; ImageError for images that are unreadable or hold NaN, ShapeError and
     ModelFolderError for those of other channels or names.
@@ -83,42 +84,53 @@ def calibrate_network(
             f"{source.previous_stage}; calibrate the stages before, and compress this one without calibration"
         )
     volumes = _Volumes(source, data, fold)
-    size = patch_extents(source)
     share = math.ceil(max(data.patches, len(volumes)) / len(volumes))
     total = share * len(volumes)
     generator = torch.Generator().manual_seed(data.seed)
+    sizes: set[tuple[int, ...]] = set()
 
     def patches() -> Iterator[Tensor]:
         done = 0
         for name in volumes:
             volume = volumes.read(name)
+            size = patch_extents(source, volume.shape[1:])
+            sizes.add(size)
             for _ in range(share):
                 yield random_patch(volume, size, generator)[None]
                 done += 1
                 if progress is not None:
                     progress(f"calibrating on {name}", done, total)
 
-    return convert.calibrate(
+    calibration = convert.calibrate(
         network,
         patches(),
         labels_per_input=data.labels,
         likelihood="sigmoid" if volumes.has_regions else "softmax",
         seed=data.seed,
-        source=f"{total} patches of {'×'.join(map(str, size))} from {len(volumes)} cases, {data.labels} draws of "
-        f"labels each, seed {data.seed}",
+    )
+    extents = " or ".join("×".join(map(str, size)) for size in sorted(sizes))
+    return replace(
+        calibration,
+        source=f"{total} patches of {extents} from {len(volumes)} cases, {data.labels} draws of labels each, "
+        f"seed {data.seed}",
     )
 
 
-def patch_extents(source: ModelFolder) -> tuple[int, ...]:
-    """The patch of the plans, its longest axes shortened by whole steps of the network to `LARGEST_PATCH` voxels."""
+def patch_extents(source: ModelFolder, volume: Sequence[int]) -> tuple[int, ...]:
+    """The patch of the plans, shortened by whole steps of the network to `LARGEST_PATCH` voxels.
+
+    First where it would only be padded around a volume of these extents, then along its longest axis.
+    """
     strides = source.architecture["arch_kwargs"]["strides"]
     steps = [math.prod(per_axis) for per_axis in zip(*strides, strict=True)]
     size = list(source.patch_size)
+    covered = list(volume)[-len(size) :]
     while math.prod(size) > LARGEST_PATCH:
         able = [axis for axis, (n, step) in enumerate(zip(size, steps, strict=True)) if n > 2 * step]
         if not able:
             break
-        longest = max(able, key=lambda axis: size[axis])
+        padded = [axis for axis in able if size[axis] - steps[axis] >= covered[axis]]
+        longest = max(padded or able, key=lambda axis: size[axis])
         size[longest] -= steps[longest]
     return tuple(size)
 
