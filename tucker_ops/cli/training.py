@@ -34,7 +34,7 @@ def finetune(
     labels: Annotated[
         Path | None,
         typer.Option(
-            "--labels", help="Labels of --images; without, the teacher's own output stands for them."
+            "--labels", help="Labels of --images; without, the model learns from the teacher alone."
         ),
     ] = None,
     splits: Annotated[

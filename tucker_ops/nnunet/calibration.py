@@ -23,8 +23,7 @@ from tucker_ops.nnunet.splits import found_beside, read_split
 
 Progress = Callable[[str, int, int], None]
 
-# What one backward pass holds in memory grows with the patch: a 5-stage U-Net of 32 features takes 3.3 GB at
-# 112×112×64. Small patches calibrate worse, because norms see other statistics in them than in prediction.
+# A limit for memory's sake. Small patches calibrate worse, because norms see other statistics than in prediction.
 LARGEST_PATCH = 96**3
 
 
@@ -73,10 +72,11 @@ def calibrate_network(
     """`tucker_ops.calibrate` on random patches of `data`, preprocessed as nnU-Net does for this model.
 
     `fold` is that of the network: its validation cases are left out where `data` has splits to tell which they are.
-    Patches have the extents of `patch_extents`. Raises CalibrationError for images
-    that hold one value only, or that the model learns nothing from; ConfigError for the second stage of a
-    cascade or a case that is not there; ImageError for images that are unreadable or hold NaN, ShapeError and
-    ModelFolderError for those of other channels or names.
+    Patches have the extents of `patch_extents`, and what one takes in memory grows with them: 3.3 GB at 112×112×64 for
+    a U-Net of 32 features at full resolution. Raises CalibrationError for images that hold one value only, or
+    that the model learns nothing from; ConfigError for the second stage of a cascade or a case that is not
+    there; ImageError for images that are unreadable or hold NaN, ShapeError and ModelFolderError for those of
+    other channels or names.
     """
     if source.previous_stage is not None:
         raise ConfigError(

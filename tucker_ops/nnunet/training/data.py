@@ -38,7 +38,8 @@ class TrainingSet:
     Args:
         preprocessed: nnUNet_preprocessed/DatasetNNN_Name, with the cases of the model's configuration in it.
         images: folder of images named CASE_0000.
-        labels: their labels. Without, the dense model's own segmentations take their place.
+        labels: their labels. Without, patches are drawn by the dense model's own segmentations, which are a target
+            only where `FinetuneSettings.supervise` says so.
         splits: a splits_final.json, of which the training cases of the fold are used [default: the one in
             `preprocessed`, if any; else all cases].
         cases: names of the cases to use instead.
