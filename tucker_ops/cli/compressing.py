@@ -9,16 +9,20 @@ from typing import Annotated
 import typer
 
 from tucker_ops.cli.options import (
+    AlignOption,
+    CalibrateCaseOption,
+    CalibratePatchesOption,
+    CalibrateSplitsOption,
     CheckpointOption,
     DeviceOption,
     FoldOption,
     MaxClassDropOption,
     MaxDropOption,
+    MinRankOption,
     ModelArgument,
     TrustOption,
     calibration_set,
     gate_of,
-    numbers,
 )
 from tucker_ops.cli.terminal import case_progress, console
 from tucker_ops.errors import ConfigError
@@ -59,8 +63,8 @@ def compress(
             "--latency-ms", help="Budget of milliseconds for one patch, timed on this machine's CPU."
         ),
     ] = None,
-    min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
-    align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
+    min_rank: MinRankOption = 8,
+    align: AlignOption = 8,
     policy: Annotated[
         Policy,
         typer.Option(
@@ -76,20 +80,9 @@ def compress(
             "matters; alone, it means --macs 0.5. Takes minutes and loses far less.",
         ),
     ] = None,
-    calibrate_case: Annotated[
-        list[str] | None,
-        typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it [default: all]."),
-    ] = None,
-    calibrate_splits: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibrate-splits", help="splits_final.json: calibrate each fold on its training cases only."
-        ),
-    ] = None,
-    calibrate_patches: Annotated[
-        int | None,
-        typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
-    ] = None,
+    calibrate_case: CalibrateCaseOption = None,
+    calibrate_splits: CalibrateSplitsOption = None,
+    calibrate_patches: CalibratePatchesOption = None,
     check_images: Annotated[
         Path | None,
         typer.Option("--check-images", help="Images to predict with both models before anything is written."),
@@ -217,25 +210,15 @@ def sweep(
     weber2024: Annotated[
         str | None, typer.Option("--weber2024", help="Factors of the published rule.")
     ] = None,
-    min_rank: Annotated[int, typer.Option("--min-rank", help="Smallest rank.")] = 8,
-    align: Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")] = 8,
+    min_rank: MinRankOption = 8,
+    align: AlignOption = 8,
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", help="A few unlabelled images by which to judge what matters."),
     ] = None,
-    calibrate_case: Annotated[
-        list[str] | None, typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it.")
-    ] = None,
-    calibrate_splits: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibrate-splits", help="splits_final.json: calibrate on the fold's training cases only."
-        ),
-    ] = None,
-    calibrate_patches: Annotated[
-        int | None,
-        typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
-    ] = None,
+    calibrate_case: CalibrateCaseOption = None,
+    calibrate_splits: CalibrateSplitsOption = None,
+    calibrate_patches: CalibratePatchesOption = None,
     fold: Annotated[
         str | None, typer.Option("--fold", "-f", help="Fold to use [default: the first].")
     ] = None,
@@ -258,9 +241,9 @@ def sweep(
     configs = [
         CompressionConfig(**{policy: value}, min_rank=min_rank, align=align)
         for policy, text in asked.items()
-        for value in numbers(policy, text)
+        for value in _numbers(policy, text)
     ]
-    configs += [CompressionConfig.weber2024(value) for value in numbers("weber2024", weber2024)]
+    configs += [CompressionConfig.weber2024(value) for value in _numbers("weber2024", weber2024)]
     data = calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
     with case_progress("Sweeping") as progress:
         result = sweep_folder(
@@ -290,3 +273,12 @@ def explain(
     layers = explain_folder(model, folds=fold, checkpoint=checkpoint, device=device, trust=trust_checkpoint)
     console().print(explanation_table(layers))
     console().print(str(tucker_ops.backends()), highlight=False)
+
+
+def _numbers(name: str, text: str | None) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {text!r} given; it is numbers with commas between"
+        ) from None

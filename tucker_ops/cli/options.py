@@ -36,6 +36,22 @@ MaxDropOption = Annotated[
 MaxClassDropOption = Annotated[
     float | None, typer.Option("--max-class-drop", help="Dice that any one class may lose [default: 0.03].")
 ]
+MinRankOption = Annotated[int, typer.Option("--min-rank", help="Smallest rank.")]
+AlignOption = Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")]
+CalibrateCaseOption = Annotated[
+    list[str] | None,
+    typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it [default: all]."),
+]
+CalibrateSplitsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate-splits", help="splits_final.json: calibrate each fold on its training cases only."
+    ),
+]
+CalibratePatchesOption = Annotated[
+    int | None,
+    typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
+]
 
 
 def gate_of(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
@@ -63,21 +79,3 @@ def calibration_set(
             "folder"
         )
     return None
-
-
-def extents(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(
-            f"--patch {text!r} given; it is whole numbers with commas between, as 64,64,64"
-        ) from None
-
-
-def numbers(name: str, text: str | None) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise ConfigError(
-            f"--{name.replace('_', '-')} {text!r} given; it is numbers with commas between"
-        ) from None

@@ -120,7 +120,7 @@ def evaluate(
         raise ConfigError(
             "--max-drop and --max-class-drop compare with the dense model; give its output with --dense"
         )
-    tolerance = None if surface == "none" else surface if surface == "voxel" else millimetres(surface)
+    tolerance = None if surface == "none" else surface if surface == "voxel" else _millimetres(surface)
 
     if json_file is not None:
         check_file(json_file, force=force)
@@ -151,7 +151,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def millimetres(text: str) -> float:
+def _millimetres(text: str) -> float:
     try:
         return float(text)
     except ValueError:

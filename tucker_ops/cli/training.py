@@ -13,9 +13,9 @@ from tucker_ops.cli.options import (
     FoldOption,
     ModelArgument,
     TrustOption,
-    extents,
 )
 from tucker_ops.cli.terminal import case_progress, console
+from tucker_ops.errors import ConfigError
 
 
 def finetune(
@@ -97,7 +97,7 @@ def finetune(
     settings = FinetuneSettings(
         steps=steps, learning_rate=learning_rate, batch_size=batch_size, supervise=supervise, features=features,
         distill=(1.0 if teacher is not None else 0.0) if distill is None else distill, precision=precision, seed=seed,
-        patch_size=None if patch is None else extents(patch),
+        patch_size=None if patch is None else _extents(patch),
     )  # fmt: skip
     data = TrainingSet(preprocessed, images, labels, splits, tuple(case) if case else None)
     with case_progress("Fine-tuning") as progress:
@@ -113,3 +113,12 @@ def finetune(
             f"fold {number}: distance to the dense model {before:.3g} nats a voxel before, {after:.3g} after"
         )
     console().print(f"Precision {summary.precision}. Written to {summary.output}", soft_wrap=True)
+
+
+def _extents(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--patch {text!r} given; it is whole numbers with commas between, as 64,64,64"
+        ) from None

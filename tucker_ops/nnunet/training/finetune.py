@@ -23,10 +23,11 @@ from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, read
 from tucker_ops.nnunet.manifest import MANIFEST_NAME
 from tucker_ops.nnunet.networks import build_network
 from tucker_ops.nnunet.predict import load_predictor, usable_device
+from tucker_ops.nnunet.preprocess import Preprocessor
 from tucker_ops.nnunet.staging import check_destination, staged_folder
 from tucker_ops.nnunet.study import claim
 from tucker_ops.nnunet.training.data import TrainingSet, cases_in, prepare_cases
-from tucker_ops.nnunet.training.outcome import DistanceToDense
+from tucker_ops.nnunet.training.outcome import distances_to_dense
 from tucker_ops.nnunet.training.settings import FinetuneSettings
 from tucker_ops.nnunet.verify import probe, verify_folder
 
@@ -38,7 +39,7 @@ STATE = "finetuning.json"
 class FinetuneSummary:
     """``precision`` says in which one steps ran, and why; ``resumed_at`` the step that each fold went on from.
 
-    ``distances`` are those to the dense model, before and after, of each fold (see `DistanceToDense`); with a teacher.
+    ``distances`` to the dense model, before and after, of each fold (see `distances_to_dense`); with a teacher.
     """
 
     output: Path
@@ -285,22 +286,17 @@ class _Run:
 
     def _judge(self, fold: Fold, preprocessed: Path, names: Sequence[str]) -> None:
         """Measure both distances. Without labels all there is to learn is the dense model: farther from it is worse."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        plans = PlansManager(dict(self.model.plans))
-        configuration = plans.get_configuration(self.model.configuration)
-        distance = DistanceToDense(
+        nnunet = Preprocessor(self.model)
+        networks = [load_network(self.model, fold, self.checkpoint, trust=self.trust) for _ in range(2)]
+        networks[1].load_state_dict(read_checkpoint(self.result(fold), trust=self.trust)["network_weights"])
+        before, after = self.distances[fold] = distances_to_dense(
             load_network(self.teacher, fold, self.checkpoint, trust=self.trust),
-            preprocessed / configuration.data_identifier,
+            networks,
+            preprocessed / nnunet.configuration.data_identifier,
             names,
             self.model.patch_size,
-            regions=plans.get_label_manager(dict(self.model.dataset_json)).has_regions,
+            regions=nnunet.labels.has_regions,
         )
-        network = load_network(self.model, fold, self.checkpoint, trust=self.trust)
-        before = distance.of(network)
-        network.load_state_dict(read_checkpoint(self.result(fold), trust=self.trust)["network_weights"])
-        after = distance.of(network)
-        self.distances[fold] = (before, after)
         if not self.data.has_labels and not after < before:
             raise AccuracyError(
                 f"fine-tuning took fold {fold} away from the dense model, on whole patches of the images it was "
@@ -330,9 +326,7 @@ class _Run:
 
     def _prepare(self, fold: Fold) -> tuple[Path, list[str]]:
         if self.data.preprocessed is not None:
-            from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-            configuration = PlansManager(dict(self.model.plans)).get_configuration(self.model.configuration)
+            configuration = Preprocessor(self.model).configuration
             folder = Path(self.data.preprocessed)
             return folder, self.data.chosen(cases_in(folder / configuration.data_identifier), fold)
         # Segmentations in place of labels are those of the fold's own teacher.
