@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from tucker_ops.backends.select import Explanation, explain_problem
 from tucker_ops.errors import BackendError, ShapeError
 from tucker_ops.ops.check import check_tensors, ntuple, problem_of
+from tucker_ops.ops.gradient import keeps_stages
 from tucker_ops.ops.reference import three_convs
 from tucker_ops.types import Problem
 
@@ -50,7 +51,9 @@ def tucker_conv(
     On the CPU, a NaN or an infinity in the input may reach outputs up to three voxels further than the kernel
     does, where Winograd's algorithm computes the core; `tucker_ops.explain` tells where that is.
 
-    Backward works to second order; forward-mode derivatives run on the reference.
+    Backward works to second order; forward-mode derivatives run on the reference. The gradient needs the intermediates
+    t = u_in · input and z = core ∗ t, and computes them again: only the input and the weights are kept. With
+    TUCKER_KEEP_STAGES=1 they are kept, for (R_in + R_out) / C_in more memory and less arithmetic.
 
     Raises:
         ShapeError, RankError, DtypeError, DeviceError: arguments that do not fit together.
@@ -66,9 +69,16 @@ def tucker_conv(
             raise BackendError(f"backend {backend!r} has no forward-mode derivative; leave backend unset")
         problem_of(batched, u_in, core, u_out, bias, *geometry)
         out = three_convs(batched, u_in, core, u_out, bias, *geometry)
+    elif _differentiated(input, u_in, core, u_out, bias) and keeps_stages():
+        call = torch.ops.tucker_ops.tucker_conv_stages
+        out, _, _ = call(batched, u_in, core, u_out, bias, *geometry, backend=backend)
     else:
         out = torch.ops.tucker_ops.tucker_conv(batched, u_in, core, u_out, bias, *geometry, backend=backend)
     return out if batched is input else out.squeeze(0)
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def explain(

@@ -22,7 +22,7 @@ namespace tucker_ops::cpu {
 namespace {
 
 constexpr int64_t kHugePage = 2 * 1024 * 1024;
-constexpr int64_t kSmallestPooled = 16 * kHugePage;
+constexpr int64_t kSmallestPooled = 2 * kHugePage;
 constexpr int64_t kDefaultMegabytes = 1024;
 // A buffer serves a tensor of at least this share of it.
 constexpr double kLeastUse = 0.5;

@@ -19,13 +19,13 @@ PROBLEM = MODULE.problem((1, 32, 64, 64, 64))
 
 
 def with_cpu(monkeypatch, **changes):
-    cuda, cpu, reference = select.ORDER
-    monkeypatch.setattr(select, "ORDER", (cuda, replace(cpu, **changes), reference))
+    order = tuple(replace(b, **changes) if b.name == "cpu" else b for b in select.ORDER)
+    monkeypatch.setattr(select, "ORDER", order)
 
 
 def test_the_table_prints_a_reason_for_every_backend():
     table = tucker_ops.backends()
-    assert [name for name, _, _ in table] == ["cuda", "cpu", "reference"]
+    assert [name for name, _, _ in table] == ["cuda", "triton", "cpu", "reference"]
     assert all(reason for _, _, reason in table)
     assert table["reference"].ok
     assert "reference" in str(table)

@@ -21,7 +21,8 @@ CASE = Case(1, 2, (5, 4, 3, 6), (6, 5, 7), (3, 3, 3), (1, 2, 1), (1, 1, 1), (1, 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(case, requires_grad):
     arguments = (*case.tensors(torch.float32, requires_grad), *(list(g) for g in case.geometry))
-    torch.library.opcheck(OP, arguments)
+    # Gradients are in the hundreds here, and their rounding depends on where in memory operands lie.
+    torch.library.opcheck(OP, arguments, atol=1e-3, rtol=1e-5)
 
 
 def test_opcheck_of_the_private_cpu_op():

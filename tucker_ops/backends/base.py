@@ -1,4 +1,4 @@
-"""What a backend is: a name, three predicates that give their reason, and a function that runs."""
+"""What a backend is: a name, predicates that give their reason, and functions that run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,20 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Derivative:
+    """How a backend computes the gradient of `tucker_conv`; called only where the backend is available.
+
+    supports, prefers: as the backend's own, asked about the forward's problem. run: `three_convs_backward` with
+    geometry as one integer per axis; t and z may be None. stages: `three_stages`, t and z channels-last.
+    """
+
+    supports: Callable[[Problem], Verdict]
+    prefers: Callable[[Problem], Verdict]
+    run: Callable[..., tuple[Tensor | None, ...]]
+    stages: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
 class Backend:
     """One way to compute `tucker_conv` and `tucker_block`.
 
@@ -29,7 +43,8 @@ class Backend:
     tensors elsewhere. available: can it run on this machine at all? supports: can it run this problem? prefers: does it
     measure at least as fast as the reference on this kind of problem? run: computes it; called only
     where available and supports say yes, with geometry as one integer per axis. describe: how `run` would go
-    about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`.
+    about a problem it supports, for `explain`. supports_block and run_block: the same for `tucker_block`. derivative:
+    None where it computes no gradients.
     """
 
     name: str
@@ -41,6 +56,7 @@ class Backend:
     describe: Callable[[Problem], str]
     supports_block: Callable[[BlockProblem], Verdict]
     run_block: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    derivative: Derivative | None = None
 
     def can_run(self, problem: Problem | BlockProblem) -> Verdict:
         """`supports` (of a block `supports_block`) on a machine where the backend is available; else why it is not."""
@@ -48,3 +64,11 @@ class Backend:
             return Verdict(False, f"tensors are on {problem.device}; this backend computes on {self.device}")
         supports = self.supports_block if isinstance(problem, BlockProblem) else self.supports
         return self.available() and supports(problem)
+
+    def can_derive(self, problem: Problem) -> Verdict:
+        """As `can_run`, for the gradient."""
+        if self.derivative is None:
+            return Verdict(False, "computes no gradients")
+        if self.device not in (None, problem.device):
+            return Verdict(False, f"tensors are on {problem.device}; this backend computes on {self.device}")
+        return self.available() and self.derivative.supports(problem)

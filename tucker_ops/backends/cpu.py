@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 
-from tucker_ops.backends import native
-from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.backends import cpu_derivative, native
+from tucker_ops.backends.base import Backend, Derivative, Verdict
 from tucker_ops.ops.block import block_memory_format
 from tucker_ops.types import BlockProblem, Problem
 
@@ -30,6 +31,11 @@ def _supports(problem: Problem) -> Verdict:
             False, f"computes float32 and bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
         )
     return _ring_fits(problem) and _environment_is_known()
+
+
+def _supports_gradient(problem: Problem) -> Verdict:
+    # The core's gradient reads z as its forward reads t.
+    return _supports(replace(problem, rank_in=max(problem.rank_in, problem.rank_out)))
 
 
 def _ring_fits(problem: Problem | BlockProblem) -> Verdict:
@@ -157,4 +163,7 @@ CPU = Backend(
     describe=_describe,
     supports_block=_supports_block,
     run_block=_run_block,
+    derivative=Derivative(
+        supports=_supports_gradient, prefers=_prefers, run=cpu_derivative.run, stages=cpu_derivative.stages
+    ),
 )

@@ -5,9 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.backends.base import Backend, Derivative, Verdict
 from tucker_ops.ops.block import block_memory_format
-from tucker_ops.ops.reference import block, memory_format, three_convs
+from tucker_ops.ops.reference import (
+    block,
+    memory_format,
+    three_convs,
+    three_convs_backward,
+    three_stages,
+)
 
 
 def _run(input: Tensor, *args) -> Tensor:
@@ -21,6 +27,16 @@ def _run_block(*args) -> tuple[Tensor, Tensor, Tensor]:
     return values.contiguous(memory_format=block_memory_format(values.dim() - 2, contiguous)), mean, m2
 
 
+def _stages(input: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    values, t, z = three_stages(input, *args)
+    last = block_memory_format(input.dim() - 2, False)
+    return (
+        values.contiguous(memory_format=memory_format(input)),
+        t.contiguous(memory_format=last),
+        z.contiguous(memory_format=last),
+    )
+
+
 REFERENCE = Backend(
     name="reference",
     device=None,
@@ -31,4 +47,10 @@ REFERENCE = Backend(
     describe=lambda problem: "torch's convolution, three times",
     supports_block=lambda problem: Verdict(True, "runs every block"),
     run_block=_run_block,
+    derivative=Derivative(
+        supports=lambda problem: Verdict(True, "runs every problem"),
+        prefers=lambda problem: Verdict(True, "the fallback"),
+        run=three_convs_backward,
+        stages=_stages,
+    ),
 )

@@ -16,32 +16,42 @@ from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
 from tucker_ops.backends.cuda import CUDA, MOST_SOURCES
 from tucker_ops.backends.reference import REFERENCE
+from tucker_ops.backends.triton import TRITON
 from tucker_ops.errors import BackendError
+from tucker_ops.ops import norm_act
 from tucker_ops.ops.block import block_memory_format, block_problem_of, split_call
 from tucker_ops.ops.check import problem_of
+from tucker_ops.ops.gradient import gradient_problem_of
 from tucker_ops.ops.merge import check_merge
 from tucker_ops.ops.norm import check_norm, norm_affine
-from tucker_ops.ops.reference import merge
+from tucker_ops.ops.reference import memory_format, merge
 from tucker_ops.ops.schema import LIBRARY
 from tucker_ops.types import BlockProblem, Problem
 
-ORDER: tuple[Backend, ...] = (CUDA, CPU, REFERENCE)
+ORDER: tuple[Backend, ...] = (CUDA, TRITON, CPU, REFERENCE)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend runs a problem and how, and what each of the others said."""
+    """Which backend runs a problem and how, which computes its gradient, and what each of the others said."""
 
     problem: Problem
     chosen: str
     how: str
     verdicts: dict[str, Verdict]
+    gradient: str
+    gradient_verdicts: dict[str, Verdict]
 
     def __str__(self) -> str:
         lines = [f"{self.chosen} runs {describe(self.problem)}: {self.how}"]
-        for name, verdict in self.verdicts.items():
-            lines.append(f"  {name:<10} {'yes' if verdict.ok else 'no ':<4} {verdict.reason}")
+        lines += _reasons(self.verdicts)
+        lines.append(f"{self.gradient} computes its gradient")
+        lines += _reasons(self.gradient_verdicts)
         return "\n".join(lines)
+
+
+def _reasons(verdicts: dict[str, Verdict]) -> list[str]:
+    return [f"  {name:<10} {'yes' if v.ok else 'no ':<4} {v.reason}" for name, v in verdicts.items()]
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,13 @@ def explain_problem(problem: Problem, backend: str | None = None) -> Explanation
             verdicts[candidate.name] = Verdict(True, "asked for by name")
         else:
             verdicts[candidate.name] = _verdict(candidate, problem)
-    return Explanation(problem, chosen.name, chosen.describe(problem), verdicts)
+    gradient_verdicts = {b.name: _derivative_verdict(b, problem) for b in ORDER}
+    gradient = choose_derivative(problem, backend)
+    if gradient.name == backend:
+        gradient_verdicts[backend] = Verdict(True, "asked for by name")
+    return Explanation(
+        problem, chosen.name, chosen.describe(problem), verdicts, gradient.name, gradient_verdicts
+    )
 
 
 def choose(problem: Problem | BlockProblem, name: str | None = None) -> Backend:
@@ -119,18 +135,44 @@ def choose(problem: Problem | BlockProblem, name: str | None = None) -> Backend:
     raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
 
 
+def choose_derivative(problem: Problem, name: str | None = None) -> Backend:
+    """The backend that computes the gradient: the forward's where it was named and can, else as `choose`."""
+    named = [backend for backend in ORDER if backend.name == name]
+    if name is not None and not named:
+        raise BackendError(f"unknown backend {name!r}; there are {[backend.name for backend in ORDER]}")
+    if named and named[0].can_derive(problem):
+        return named[0]
+    return next(backend for backend in ORDER if _derivative_verdict(backend, problem))
+
+
+def _derivative_verdict(backend: Backend, problem: Problem) -> Verdict:
+    verdict = backend.can_derive(problem)
+    return verdict and backend.derivative.prefers(problem)
+
+
 def block_kernels(device: str, dtype: torch.dtype) -> Verdict:
     """Does a kernel, unasked, compute blocks of this dtype on this kind of device? With the reason."""
+    verdicts = _block_verdicts(device, dtype)
+    for name, verdict in verdicts.items():
+        if verdict:
+            return Verdict(True, f"blocks run on {name}")
+    return Verdict(False, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items()))
+
+
+def _block_verdicts(device: str, dtype: torch.dtype) -> dict[str, Verdict]:
     problem = BlockProblem(
         batch=1, channels=(1,), factors=((1, 1),), rank_in=1, rank_out=1, out_channels=1, input_size=(1, 1),
         kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), dilation=(1, 1), dtype=dtype, device=device,
         rows=(1,), expanded=False, u_out=True, stats="none",
     )  # fmt: skip
-    verdicts = {b.name: _verdict(b, problem) for b in ORDER if b is not REFERENCE}
-    for name, verdict in verdicts.items():
-        if verdict:
-            return Verdict(True, f"blocks run on {name}")
-    return Verdict(False, "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items()))
+    return {b.name: _verdict(b, problem) for b in ORDER if b is not REFERENCE}
+
+
+def _compiled(device: str, dtype: torch.dtype) -> bool:
+    """Do the compiled kernels, which alone have the small ops around blocks, run there unasked?"""
+    name = "cuda" if device == "cuda" else "cpu"
+    verdict = _block_verdicts(device, dtype).get(name)
+    return verdict is not None and verdict.ok
 
 
 def _verdict(backend: Backend, problem: Problem | BlockProblem) -> Verdict:
@@ -158,6 +200,38 @@ def _tucker_conv(
 LIBRARY.impl("tucker_conv", _tucker_conv, "CompositeExplicitAutograd")
 
 
+def _tucker_conv_stages(input, u_in, core, u_out, bias, stride, padding, dilation, *, backend=None):
+    problem = problem_of(input, u_in, core, u_out, bias, stride, padding, dilation)
+    geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
+    stages = choose_derivative(problem, backend).derivative.stages
+    with torch.autocast(problem.device, enabled=False):
+        return stages(input, u_in, core, u_out, bias, *geometry)
+
+
+LIBRARY.impl("tucker_conv_stages", _tucker_conv_stages, "CompositeExplicitAutograd")
+
+
+def _tucker_conv_backward(
+    grad, input, u_in, core, u_out, stride, padding, dilation, output_mask, t=None, z=None, *, backend=None
+):
+    problem = gradient_problem_of(
+        grad, input, u_in, core, u_out, stride, padding, dilation, output_mask, t, z
+    )
+    geometry = (list(problem.stride), list(problem.padding), list(problem.dilation))
+    run = choose_derivative(problem, backend).derivative.run
+    # A loss may be differentiated under autocast; the gradient's own products are not to be cast.
+    with torch.autocast(problem.device, enabled=False):
+        grads = run(grad, input, u_in, core, u_out, *geometry, list(output_mask), t, z)
+    layouts = (memory_format(input), *(torch.contiguous_format,) * 4)
+    return tuple(
+        g.contiguous(memory_format=layout) if wanted else input.new_empty(0)
+        for g, wanted, layout in zip(grads, output_mask, layouts, strict=True)
+    )
+
+
+LIBRARY.impl("tucker_conv_backward", _tucker_conv_backward, "CompositeExplicitAutograd")
+
+
 def _tucker_block(*args, backend=None):
     call, options = split_call(args)
     problem = block_problem_of(*call)
@@ -175,7 +249,7 @@ def _tucker_merge(values, scale, shift, slope, out_slope):
     same = all(value.shape == values[0].shape for value in values)
     on_gpu = values[0].is_cuda
     few = not on_gpu or len(values) <= MOST_SOURCES
-    if same and few and block_kernels(values[0].device.type, values[0].dtype):
+    if same and few and _compiled(values[0].device.type, values[0].dtype):
         scale, shift = ([None if t is None else t.contiguous() for t in given] for given in (scale, shift))
         kernel = torch.ops.tucker_ops._tucker_merge_cuda if on_gpu else torch.ops.tucker_ops._tucker_merge_cpu
         return kernel(values, scale, shift, slope, out_slope)
@@ -187,10 +261,54 @@ LIBRARY.impl("tucker_merge", _tucker_merge, "CompositeExplicitAutograd")
 
 def _norm_affine(mean, m2, weight, bias, count, eps):
     check_norm(mean, m2, weight, bias, count)
-    if mean.is_cuda and mean.dtype == torch.float32 and block_kernels("cuda", torch.float16):
+    if mean.is_cuda and mean.dtype == torch.float32 and _compiled("cuda", torch.float16):
         mean, m2, weight, bias = (None if t is None else t.contiguous() for t in (mean, m2, weight, bias))
         return torch.ops.tucker_ops._norm_affine_cuda(mean, m2, weight, bias, count, eps)
     return norm_affine(mean, m2, weight, bias, count, eps)
 
 
 LIBRARY.impl("norm_affine", _norm_affine, "CompositeExplicitAutograd")
+
+
+def norm_act_kernels(input: Tensor) -> Verdict:
+    """Do the compiled kernels train norm and activation of tensors like this? With the reason."""
+    if input.device.type != "cpu":
+        return Verdict(False, f"compiled for the CPU, and tensors are on {input.device.type}")
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return Verdict(False, f"computes float32 and bfloat16, not {str(input.dtype).removeprefix('torch.')}")
+    if memory_format(input) == torch.contiguous_format:
+        return Verdict(False, "computes channels-last tensors; torch's own norm is as fast on others")
+    return CPU.available()
+
+
+def _norm_act(input, weight, bias, eps, slope):
+    norm_act.check_norm_act(input, weight, bias)
+    if norm_act_kernels(input):
+        weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
+        return torch.ops.tucker_ops._norm_act_cpu(input, weight, bias, eps, slope)
+    values, mean, rstd = norm_act.reference(input, weight, bias, eps, slope)
+    return values.contiguous(memory_format=memory_format(input)), mean, rstd
+
+
+LIBRARY.impl("norm_act", _norm_act, "CompositeExplicitAutograd")
+
+
+def _norm_act_backward(grad, input, mean, rstd, weight, bias, eps, slope, output_mask):
+    norm_act.check_norm_act(input, weight, bias)
+    layout = memory_format(input)
+    if norm_act_kernels(input):
+        w, b = (None if t is None else t.float().contiguous() for t in (weight, bias))
+        grads = torch.ops.tucker_ops._norm_act_backward_cpu(
+            grad.contiguous(memory_format=layout), input, mean, rstd, w, b, slope, output_mask[0]
+        )
+    else:
+        grads = norm_act.reference_backward(grad, input, weight, bias, eps, slope, output_mask)
+    dtypes = [input.dtype, *(input.dtype if t is None else t.dtype for t in (weight, bias))]
+    layouts = (layout, torch.contiguous_format, torch.contiguous_format)
+    return tuple(
+        g.to(dtype).contiguous(memory_format=to) if wanted else input.new_empty(0)
+        for g, wanted, dtype, to in zip(grads, output_mask, dtypes, layouts, strict=True)
+    )
+
+
+LIBRARY.impl("norm_act_backward", _norm_act_backward, "CompositeExplicitAutograd")

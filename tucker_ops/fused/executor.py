@@ -16,8 +16,9 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
 from tucker_ops.backends.select import block_kernels
 from tucker_ops.errors import ConfigError, ConversionError
-from tucker_ops.fused.graphs import trace
+from tucker_ops.fused.graphs import hooked, trace
 from tucker_ops.fused.rewrite import Layer, Rewriter
+from tucker_ops.fused.training import train_form
 
 FUSE_VARIABLE = "TUCKER_FUSE"
 PRECISION_VARIABLE = "TUCKER_PRECISION"
@@ -25,6 +26,7 @@ PRECISIONS = ("fp32", "bf16", "auto")
 # Relative RMS difference of bf16 and fp32 output on the first input up to which "auto" takes bf16.
 LARGEST_DIFFERENCE = 2.5e-2
 _STATE = "_tucker_ops_fusion"
+_TRAINING = "_tucker_ops_training"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ class FusedForward:
     TUCKER_PRECISION, or fp32; ``fused`` set to False turns blocks off for this object. Parameters, their names and
     the state dict stay those of the class, and weights may change or be loaded at any time. A network that cannot be
     traced runs as it was; `tucker_ops.fused.explain` says why.
+
+    Training on the CPU runs channels-last, with each InstanceNorm and the LeakyReLU behind it as one op (`norm_act`);
+    the rest, and training elsewhere, is the class's own.
     """
 
     precision: str | None = None
@@ -89,13 +94,15 @@ class FusedForward:
     fused: bool = True
 
     def forward(self, input: Tensor):
+        if _may_train(self, input):
+            return _train_form(self)(input)
         if not _may_fuse(self, input):
             return super().forward(input)
         fusion = fusion_of(self, _autocast_dtype(input))
         return super().forward(input) if fusion.module is None else _run(self, fusion, input)
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != _STATE}
+        return {name: value for name, value in self.__dict__.items() if name not in (_STATE, _TRAINING)}
 
     def __reduce_ex__(self, protocol):
         cls = type(self)
@@ -197,6 +204,45 @@ def _may_fuse(model: nn.Module, input: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return True
     return not (input.requires_grad or any(p.requires_grad for p in model.parameters()))
+
+
+def _may_train(model: nn.Module, input: Tensor) -> bool:
+    """Does the training form apply? Not where a hook on a container would miss its turn."""
+    if (
+        not model.training
+        or not model.fused
+        or torch.compiler.is_compiling()
+        or not isinstance(input, Tensor)
+        or input.device.type != "cpu"
+        or os.environ.get(FUSE_VARIABLE) == "0"
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or not native.load()
+    ):
+        return False
+    return _train_form(model) is not None
+
+
+def _train_form(model: nn.Module) -> fx.GraphModule | None:
+    """Made anew when anything it depends on has changed; None where it cannot be traced or has hooks."""
+    signature = _signature(model)
+    known = model.__dict__.get(_TRAINING)
+    if known is None or known[0] != signature:
+        known = model.__dict__[_TRAINING] = (signature, _make_train_form(model))
+    return known[1]
+
+
+def _make_train_form(model: nn.Module) -> fx.GraphModule | None:
+    try:
+        graph = _trace_unfused(model)
+    except ConversionError:
+        return None
+    leaves = {node.target for node in graph.nodes if node.op == "call_module"}
+    objects = {id(model.get_submodule(target)) for target in leaves}
+    if any(hooked(module) and id(module) not in objects for module in model.modules() if module is not model):
+        return None
+    form, replaced = train_form(model, graph)
+    return form if replaced else None
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
@@ -336,5 +382,5 @@ def _signature(model: nn.Module) -> tuple:
         found += [str(tensor.device) for tensor in module._parameters.values() if tensor is not None]
         found += [id(tensor) for tensor in module._buffers.values()]
         found += [value for value in module.__dict__.values() if isinstance(value, bool | int | float)]
-        found.append(bool(module._forward_hooks or module._forward_pre_hooks))
+        found.append((bool(module._forward_hooks or module._forward_pre_hooks), hooked(module)))
     return tuple(found)

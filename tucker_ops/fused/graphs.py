@@ -53,6 +53,12 @@ def computes_statistics(module: nn.Module) -> bool:
     return isinstance(module, _InstanceNorm) and not module.track_running_stats and not hooked
 
 
+def hooked(module: nn.Module) -> bool:
+    """Does anyone wait for this module to run, forward or backward?"""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Is it a plain convolution, not a subclass that computes something else or derives its weight?"""
     plain = next(

@@ -26,11 +26,82 @@ def three_convs(
     bias [C_out] or None; any floating dtype and device that torch convolves. Returns
     [N, C_out, *output]. Formula: Tucker-2 of the kernel, Kim et al. 2016 (arXiv 1511.06530), eq. 4-6.
     """
+    return three_stages(input, u_in, core, u_out, bias, stride, padding, dilation)[0]
+
+
+def three_stages(
+    input: Tensor,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`three_convs` with what is computed on the way: values, t [N, R_in, *spatial] and z [N, R_out, *output]."""
     ndim = core.dim() - 2
     conv = F.conv2d if ndim == 2 else F.conv3d
     t = conv(input, u_in.reshape(*u_in.shape, *(1,) * ndim))
     z = conv(t, core, None, stride, padding, dilation)
-    return conv(z, u_out.reshape(*u_out.shape, *(1,) * ndim), bias)
+    return conv(z, u_out.reshape(*u_out.shape, *(1,) * ndim), bias), t, z
+
+
+def three_convs_backward(
+    grad: Tensor,
+    input: Tensor,
+    u_in: Tensor,
+    core: Tensor,
+    u_out: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    mask: list[bool],
+    t: Tensor | None = None,
+    z: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Chain rule through `three_convs`: gradients of input, u_in, core, u_out and bias, None where `mask` says no.
+
+    grad [N, C_out, *output]; t = u_in · input [N, R_in, *spatial] and z = core ∗ t [N, R_out, *output] are computed
+    here unless given. Written in differentiable torch operations, so that it can be differentiated again.
+    """
+    ndim = core.dim() - 2
+    stride, padding, dilation = (
+        list(v) * ndim if len(v) == 1 else list(v) for v in (stride, padding, dilation)
+    )
+    ones, zeros = [1] * ndim, [0] * ndim
+    w_in = u_in.reshape(*u_in.shape, *ones)
+    w_out = u_out.reshape(*u_out.shape, *ones)
+    need_input, need_in, need_core, need_out, need_bias = mask
+
+    def conv(x, weight, stride=ones, padding=zeros, dilation=ones):
+        return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, zeros, 1)
+
+    def conv_backward(grad, x, weight, mask, stride=ones, padding=zeros, dilation=ones):
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, stride, padding, dilation, False, zeros, 1, [*mask, False]
+        )[:2]
+
+    grad_bias = grad.sum((0, *range(2, ndim + 2))) if need_bias else None
+    grad_input = grad_in = grad_core = grad_out = None
+    below_core = need_input or need_in
+    if (need_core or need_out or below_core) and t is None:
+        t = conv(input, w_in)
+    if need_out or need_core or below_core:
+        if z is None:
+            z = conv(t, core, stride, padding, dilation)
+        grad_z, grad_out = conv_backward(grad, z, w_out, (need_core or below_core, need_out))
+    if need_core or below_core:
+        grad_t, grad_core = conv_backward(grad_z, t, core, (below_core, need_core), stride, padding, dilation)
+    if below_core:
+        grad_input, grad_in = conv_backward(grad_t, input, w_in, (need_input, need_in))
+    return (
+        grad_input,
+        grad_in.reshape(u_in.shape) if need_in else None,
+        grad_core,
+        grad_out.reshape(u_out.shape) if need_out else None,
+        grad_bias,
+    )
 
 
 def block(

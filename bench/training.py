@@ -1,0 +1,175 @@
+"""`python -m bench.training`: the op with its gradient, and training steps of the compressed hippocampus network.
+
+Peers are three convolutions a layer and the dense layer, as torch runs them: contiguous, as nnU-Net does, and
+channels-last. Gradients are checked before anything is timed; peers take turns in a shuffled order, and ratios are
+taken within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import tucker_ops
+from bench.folders import as_json
+from bench.network_cases import as_convolutions
+from bench.operands import relative_rms
+from bench.provenance import REPOSITORY, provenance
+from tucker_ops import CompressionConfig
+from tucker_ops.nnunet.output import write_file
+
+EXAMPLE = REPOSITORY.joinpath(
+    "examples/hippocampus/model/Dataset004_Hippocampus/nnUNetTrainer__nnUNetPlans__3d_fullres"
+)
+OURS, THREE, DENSE = "tucker_ops", "three convolutions", "dense"
+# Relative RMS of a gradient against float64's.
+GATE = 1e-4
+LAST = torch.channels_last_3d
+Step = Callable[[], None]
+
+
+def op_steps(extent: int) -> dict[tuple[str, str], Step]:
+    """32 channels, ranks 16, kernel 3×3×3: gradients of input, weights and bias."""
+    torch.manual_seed(0)
+    dense = nn.Conv3d(32, 32, 3, padding=1)
+    tucker = tucker_ops.nn.TuckerConv3d(32, 32, 3, (16, 16), padding=1)
+    three = as_convolutions(nn.Sequential(tucker))
+    x = torch.randn(1, 32, *(extent,) * 3)
+    grad = torch.randn(1, 32, *(extent,) * 3)
+    exact = _gradients(copy.deepcopy(tucker).double(), x.double(), grad.double())
+    steps: dict[tuple[str, str], Step] = {}
+    for name, module in ((OURS, tucker), (THREE, three), (DENSE, dense)):
+        for layout, form in (("contiguous", torch.contiguous_format), ("channels-last", LAST)):
+            laid_out = copy.deepcopy(module)
+            if name != OURS:
+                laid_out = laid_out.to(memory_format=form)
+            values = x.contiguous(memory_format=form), grad.contiguous(memory_format=form)
+            if name != DENSE:
+                _check(f"{name} {layout}", _gradients(laid_out, *values), exact)
+            steps[name, layout] = lambda m=laid_out, v=values: _gradients(m, *v)
+    return steps
+
+
+def _gradients(module: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    return list(torch.autograd.grad(module(x), [x, *module.parameters()], grad))
+
+
+def _check(name: str, found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
+    for ours, theirs in zip(found, exact, strict=True):
+        error = relative_rms(ours.reshape(theirs.shape), theirs)
+        if not error <= GATE:
+            raise SystemExit(f"{name}: a gradient is off by {error:.1e}, more than {GATE}; nothing was timed")
+
+
+def network_steps(factor: float, batch: int) -> dict[tuple[str, str], Step]:
+    """The example's trained network at its own patch size; a step: loss and gradients, no optimiser."""
+    from tucker_ops.nnunet.checkpoint import read_checkpoint
+    from tucker_ops.nnunet.folder import read_model_folder
+    from tucker_ops.nnunet.networks import build_network
+
+    folder = read_model_folder(EXAMPLE)
+    dense = build_network(
+        folder.architecture, folder.input_channels, folder.num_outputs, deep_supervision=True
+    )
+    checkpoint = read_checkpoint(folder.checkpoint_path(folder.folds[0]))
+    dense.load_state_dict(checkpoint["network_weights"])
+    tucker = tucker_ops.compress(dense, CompressionConfig(factor=factor))
+    torch.manual_seed(0)
+    x = torch.randn(batch, folder.input_channels, *folder.patch_size)
+    networks = {
+        (OURS, "as nnU-Net"): tucker_ops.fuse(tucker),
+        (THREE, "as nnU-Net"): as_convolutions(tucker),
+        (THREE, "channels-last"): as_convolutions(tucker).to(memory_format=LAST),
+        (DENSE, "as nnU-Net"): dense,
+        (DENSE, "channels-last"): copy.deepcopy(dense).to(memory_format=LAST),
+    }
+    steps: dict[tuple[str, str], Step] = {}
+    for (name, layout), network in networks.items():
+        given = x.contiguous(memory_format=LAST) if layout == "channels-last" else x
+        network.train()
+        steps[name, layout] = lambda n=network, v=given: _step(n, v)
+    ours, theirs = (_step(networks[name, "as nnU-Net"], x) for name in (OURS, THREE))
+    if not abs(ours - theirs) <= 1e-4 * abs(theirs):
+        raise SystemExit(
+            f"losses differ: {ours} by tucker_ops, {theirs} by three convolutions; nothing was timed"
+        )
+    return steps
+
+
+def _step(network: nn.Module, x: Tensor) -> float:
+    network.zero_grad(set_to_none=True)
+    loss = sum(nn.functional.cross_entropy(out, out.detach().argmax(1)) for out in network(x))
+    loss.backward()
+    return loss.item()
+
+
+def measure(case: str, steps: dict[tuple[str, str], Step], rounds: int) -> list[dict]:
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    for turn in range(rounds + 1):
+        for key in random.Random(turn).sample(list(steps), len(steps)):
+            begin = time.perf_counter()
+            steps[key]()
+            if turn:
+                samples[key].append(1e3 * (time.perf_counter() - begin))
+    best = {
+        name: min((key for key in samples if key[0] == name), key=lambda key: statistics.median(samples[key]))
+        for name in (OURS, THREE, DENSE)
+    }
+    rows = []
+    for (name, layout), times in samples.items():
+        row = {"case": case, "peer": name, "layout": layout, "rounds": rounds}
+        row |= {"median_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times)}
+        for other in (THREE, DENSE):
+            row[f"ratio_to_best_{other.replace(' ', '_')}"] = _ratio(times, samples[best[other]])
+        if (THREE, "as nnU-Net") in samples:
+            row["ratio_to_three_convolutions_as_nnunet"] = _ratio(times, samples[THREE, "as nnU-Net"])
+        rows.append(row)
+    return rows
+
+
+def _ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--extent", type=int, default=64, help="edge of the op's input in voxels")
+    parser.add_argument(
+        "--factor", type=float, default=0.5, help="ranks of the network, as a share of channels"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=REPOSITORY / "bench" / "results" / "latest_training"
+    )
+    arguments = parser.parse_args()
+    rows = measure(f"op 32ch@{arguments.extent}³ r16", op_steps(arguments.extent), arguments.rounds)
+    rows += measure(
+        f"hippocampus network, factor {arguments.factor}",
+        network_steps(arguments.factor, 2),
+        arguments.rounds,
+    )
+    columns = [key for key in rows[-1]]
+    table = Table(*columns)
+    for row in rows:
+        cells = (row.get(key, "") for key in columns)
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console(width=220).print(table)
+    origin = provenance()
+    text = as_json([row | origin for row in rows])
+    write_file(arguments.output / "results.json", text.encode(), force=True)
+    print(f"Written to {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

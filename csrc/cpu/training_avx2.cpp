@@ -1,0 +1,2 @@
+#define TUCKER_TRAINING training_avx2
+#include "training.inl"

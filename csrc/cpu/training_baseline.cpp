@@ -1,0 +1,2 @@
+#define TUCKER_TRAINING training_baseline
+#include "training.inl"

@@ -1,0 +1,128 @@
+"""The Triton kernels in Triton's interpreter against float64; `test_triton.py` runs this file in a process of its own.
+
+The interpreter has to be asked for before Triton is imported, and cannot be left again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tucker_ops
+from tests.ops import test_gradient, test_tucker_block
+from tests.ops.problems import Case, random_cases, reference, relative_rms, tolerance
+from tucker_ops.ops.reference import memory_format
+
+# The interpreter takes a millisecond an operation: many taps or voxels would take minutes and show nothing else.
+CASES = [case for case in random_cases(120) if math.prod(case.kernel) <= 27 and math.prod(case.size) <= 600]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward(dtype, poisoned):
+    kinds = set()
+    for case in CASES[:24] if dtype == "fp32" else CASES[24:36]:
+        tensors = case.tensors(DTYPES[dtype])
+        expected = reference(tensors, case.geometry)
+        actual = tucker_ops.tucker_conv(*tensors, *case.geometry, backend="triton")
+        assert actual.shape == expected.shape and actual.dtype == DTYPES[dtype]
+        assert actual.is_contiguous(memory_format=memory_format(tensors[0]))
+        assert relative_rms(actual, expected) <= tolerance(DTYPES[dtype], expected.numel()), case
+        kinds |= {case.layout, f"{len(case.size)}D", f"batch {case.batch}", f"stride {max(case.stride)}"}
+    if dtype == "fp32":
+        assert {"2D", "3D", "batch 0", "batch 3", "stride 1", "stride 2", "transposed", "sliced"} <= kinds
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients(dtype, kept, poisoned):
+    for case in CASES[36 + kept :: 9]:
+        test_gradient.check(case, DTYPES[dtype], "triton", kept=kept)
+
+
+def test_gradients_alone(poisoned):
+    case = Case(0, 1, (5, 4, 3, 6), (3, 4, 3), (3, 3, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), True, "contiguous")
+    call = test_gradient.call_of(case, torch.float32)
+    whole = torch.ops.tucker_ops.tucker_conv_backward(*call, [True] * 5, backend="triton")
+    for alone in range(5):
+        mask = [i == alone for i in range(5)]
+        part = torch.ops.tucker_ops.tucker_conv_backward(*call, mask, backend="triton")
+        torch.testing.assert_close(part[alone], whole[alone])
+        assert sum(p.numel() for p in part) == whole[alone].numel()
+
+
+def test_ranks_and_channels_of_several_blocks(poisoned):
+    """More output ranks than a block of the stages has, more channels than a block of each kernel."""
+    case = Case(
+        3, 1, (130, 33, 140, 150), (2, 3, 4), (1, 3, 1), (1, 1, 1), (0, 1, 0), (1, 1, 1), True, "contiguous"
+    )
+    tensors = case.tensors(torch.float32)
+    actual = tucker_ops.tucker_conv(*tensors, *case.geometry, backend="triton")
+    assert relative_rms(actual, reference(tensors, case.geometry)) <= tolerance(torch.float32, 2000)
+    test_gradient.check(case, torch.float32, "triton", kept=False)
+
+
+def test_gradients_are_the_same_every_time():
+    case = Case(
+        0, 2, (9, 8, 8, 9), (9, 8, 9), (3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), True, "channels_last"
+    )
+    call = test_gradient.call_of(case, torch.float32)
+    first, second = (
+        torch.ops.tucker_ops.tucker_conv_backward(*call, [True] * 5, backend="triton") for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_blocks(dtype, poisoned):
+    stats = set()
+    for seed in range(20) if dtype == "fp32" else range(20, 28):
+        call = test_tucker_block.random_call(seed, DTYPES[dtype])
+        stats.add(call["stats"])
+        try:
+            test_tucker_block.check(
+                call, DTYPES[dtype], contiguous=seed % 3 == 0, wide=seed % 4 == 0, backend="triton"
+            )
+        except AssertionError as error:
+            raise AssertionError(f"call {seed}: {error}") from error
+    assert dtype == "bf16" or stats == {"none", "channel", "covariance"}
+
+
+def test_statistics_survive_a_large_mean():
+    """At |mean| / σ = 1000, over more rows than one block has."""
+    x = 1000 + torch.randn(1, 16, 6, 8, 9).contiguous(memory_format=torch.channels_last_3d)
+    eye = torch.eye(16).reshape(16, 16, 1, 1, 1)
+    values, mean, m2 = torch.ops.tucker_ops.tucker_block(
+        [x],
+        [None],
+        [None],
+        [None],
+        [1.0],
+        [None],
+        None,
+        eye,
+        [1],
+        [0],
+        [1],
+        None,
+        None,
+        "channel",
+        backend="triton",
+    )
+    exact = x.double().flatten(2)
+    assert torch.equal(values, x)
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2.double(), exact.var(2, correction=0) * exact.shape[2], rtol=1e-4, atol=0)
+
+
+def test_what_it_cannot_do_is_said():
+    module = tucker_ops.nn.TuckerConv3d(600, 600, 1, (520, 16))
+    problem = module.problem((1, 600, 4, 4, 4))
+    with pytest.raises(tucker_ops.errors.BackendError, match="at most 512 ranks"):
+        tucker_ops.explain(problem, backend="triton")
+    with pytest.raises(tucker_ops.errors.BackendError, match="float64"):
+        tucker_ops.explain(replace(problem, rank_in=16, dtype=torch.float64), backend="triton")
+    assert "interpreter is for tests" in str(tucker_ops.explain(replace(problem, rank_in=16)))

@@ -1,0 +1,191 @@
+"""The Triton backend without a GPU: run by the interpreter, and compiled for four kinds of card.
+
+Whether the code is right on a card is asked in tests/cuda/test_on_gpu.py, whether it is fast by `make gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tucker_ops
+from tests.backends.test_select import PROBLEM
+from tucker_ops.backends import triton as backend
+from tucker_ops.errors import BackendError
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+CAPABILITIES = (80, 90, 100, 120)
+# The most that a program may have on a card of capability 8.6, 8.9 or 12.0.
+SHARED_BYTES = 99 * 1024
+TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+
+
+@pytest.mark.slow
+def test_in_the_interpreter(repo_root):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/backends/interpreted_triton.py",
+    ]
+    done = subprocess.run(
+        command, cwd=repo_root, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+class Recorder:
+    """Takes the place of `launch.launch`: keeps what would have been started, and runs nothing."""
+
+    def __init__(self):
+        self.launches = {}
+
+    def __call__(self, kernel, grid, arguments, constants, config):
+        kinds = tuple(kind_of(argument) for argument in arguments)
+        self.launches[kernel.__name__, kinds, tuple(constants.items()), config] = kernel
+
+
+def kind_of(argument) -> tuple[str, object, bool]:
+    """Type of an argument in Triton's words, its value if that is compiled in, and whether 16 divides it."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    if argument is None or (isinstance(argument, int) and argument == 1):
+        return "constexpr", argument, False
+    if isinstance(argument, torch.Tensor):
+        return f"*{names[argument.dtype]}", None, True
+    return ("fp32", None, False) if isinstance(argument, float) else ("i32", None, argument % 16 == 0)
+
+
+def compiled(kernel, kinds, constants, config, capability: int):
+    signature, values, attributes = {}, dict(constants), {}
+    for i, (name, (kind, value, divisible)) in enumerate(zip(kernel.arg_names, kinds, strict=False)):
+        signature[name] = kind
+        if kind == "constexpr":
+            values[name] = value
+        elif divisible:
+            attributes[i,] = [["tt.divisibility", 16]]
+    signature.update(dict.fromkeys(dict(constants), "constexpr"))
+    assert list(signature) == kernel.arg_names
+    source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(
+        source, target=target, options={"num_warps": config.warps, "num_stages": config.stages}
+    )
+
+
+def record(recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tuple[int, int]) -> None:
+    """Everything that runs for one layer: forward, gradient, and blocks as a fused network has them."""
+    from tucker_ops.backends.triton import launch
+
+    monkeypatch.setattr(launch, "launch", recorder)
+
+    def empty(*size):
+        return torch.empty(size, dtype=dtype)
+
+    rank_in, rank_out = ranks
+    x = empty(1, channels, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    coarse = empty(1, channels, 4, 4, 4).contiguous(memory_format=torch.channels_last_3d)
+    u_in, core, u_out = empty(rank_in, channels), empty(rank_out, rank_in, 3, 3, 3), empty(channels, rank_out)
+    bias, norm = empty(channels), torch.empty(1, channels)
+    geometry = [[1] * 3] * 3
+    launch.forward(x, u_in, core, u_out, bias, *geometry)
+    launch.backward(x, x, u_in, core, u_out, *geometry, [True] * 5)
+    # A block after a norm; one that reads a skip connection and what is upsampled; one that stays in rank space.
+    pending = ([norm], [norm], [0.01])
+    launch.block([x], [None], *pending, [u_in], None, core, *geometry, u_out, bias, "channel", False, False)
+    up = empty(2, 2, 2, rank_in, channels)
+    twice = ([norm] * 2, [norm] * 2, [0.01] * 2)
+    launch.block(
+        [x, coarse],
+        [None] * 2,
+        *twice,
+        [u_in, up],
+        empty(rank_in),
+        core,
+        *geometry,
+        u_out,
+        bias,
+        "channel",
+        False,
+        False,
+    )
+    narrow = empty(1, rank_out, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    launch.block(
+        [narrow], [u_out], *pending, [u_in], None, core, *geometry, None, None, "covariance", False, False
+    )
+
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "capability"),
+    # Without tensor cores the code is one for all.
+    [(p, c) for p in PRECISIONS for c in CAPABILITIES if p != "fp32" or c == CAPABILITIES[0]],
+)
+def test_compiles_for(precision, capability, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    setting = torch.backends.cudnn.conv.fp32_precision
+    recorder = Recorder()
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        record(recorder, monkeypatch, PRECISIONS[precision], 32, (16, 16))
+        if precision == "fp16":
+            record(recorder, monkeypatch, PRECISIONS[precision], 320, (72, 160))
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = setting
+    assert {name for name, *_ in recorder.launches} == {"reduce_rows", "convolve_rows", "outer_rows"}
+    # Most of a compilation runs outside Python's lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            launch: pool.submit(compiled, kernel, *launch[1:], capability)
+            for launch, kernel in recorder.launches.items()
+        }
+    for (name, _, constants, _), job in jobs.items():
+        result = job.result()
+        assert result.asm["cubin"], name
+        if precision != "fp32":
+            assert any(word in result.asm["ptx"] for word in TENSOR_CORES), f"{name} {constants}"
+        assert result.metadata.shared <= SHARED_BYTES, f"{name} {constants}: {result.metadata.shared}"
+
+
+def test_not_available_without_a_gpu_and_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    verdict = tucker_ops.backends()["triton"]
+    assert not verdict and "no NVIDIA GPU" in verdict.reason
+    with pytest.raises(BackendError, match="no NVIDIA GPU"):
+        tucker_ops.explain(replace(PROBLEM, device="cuda"), backend="triton")
+    with pytest.raises(BackendError, match="computes on cuda"):
+        tucker_ops.explain(PROBLEM, backend="triton")
+
+
+def test_old_cards_and_unproven_ones_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert "needs compute capability 8.0" in backend._available().reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert backend._available()
+    verdict = backend._prefers(PROBLEM)
+    assert not verdict and backend.UNPROVEN_VARIABLE in verdict.reason
+    monkeypatch.setenv(backend.UNPROVEN_VARIABLE, "1")
+    assert backend._prefers(PROBLEM)
+
+
+def test_where_triton_is_missing(monkeypatch):
+    monkeypatch.setattr(backend.PathFinder, "find_spec", lambda name: None)
+    backend._installed.cache_clear()
+    try:
+        assert "pip install triton" in backend._available().reason
+    finally:
+        backend._installed.cache_clear()

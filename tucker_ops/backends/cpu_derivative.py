@@ -1,0 +1,141 @@
+"""The gradient of `tucker_conv` on the CPU: matrix products over voxels, and the core through the compiled kernels.
+
+Everything is channels-last, whatever the input's layout: a voxel is a row, the outer stages and the gradients of
+their weights are plain matrix products. The core's forward and, at stride 1, its gradient, which is a convolution with
+the flipped core, run in the one-pass kernels (Winograd where that applies); the rest is oneDNN's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tucker_ops.backends import native
+from tucker_ops.ops.block import block_memory_format
+from tucker_ops.ops.reference import memory_format
+
+# Where our kernel for the core's weights measured faster than oneDNN's (AVX2): output voxels in a row, R_in · R_out.
+LONG_ROW, FEW_PAIRS = 20, 1024
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, C, *spatial] as [N, V, C], without a copy of contiguous and of channels-last tensors."""
+    if not x.is_contiguous() and memory_format(x) == torch.contiguous_format:
+        x = x.contiguous()
+    return x.flatten(2).transpose(1, 2)
+
+
+def _volume(rows: Tensor, size) -> Tensor:
+    """The way back: [N, V, C] contiguous as a channels-last [N, C, *size]."""
+    return rows.transpose(1, 2).unflatten(2, tuple(size))
+
+
+def _weights(a: Tensor, b: Tensor) -> Tensor:
+    """Σ over voxels and items of a · bᵀ; a [N, V, A], b [N, V, B]."""
+    return torch.bmm(a.transpose(1, 2), b).sum(0)
+
+
+def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
+    """core ∗ x, channels-last, by the kernels of a fused block without outer stages."""
+    none, last = [None], block_memory_format(len(stride), False)
+    x = x.contiguous(memory_format=last)
+    values, _, _ = torch.ops.tucker_ops._tucker_block_cpu(
+        [x],
+        none,
+        none,
+        none,
+        [1.0],
+        none,
+        None,
+        core.contiguous(),
+        stride,
+        padding,
+        dilation,
+        None,
+        None,
+        "none",
+    )
+    return values
+
+
+def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
+    """matrix [A, C] · x [N, C, *spatial], channels-last."""
+    if memory_format(x) == torch.contiguous_format:
+        return _volume(_rows(x) @ matrix.T, x.shape[2:])
+    ones, zeros = [1] * (x.dim() - 2), [0] * (x.dim() - 2)
+    return _core(x, matrix.reshape(*matrix.shape, *ones), ones, zeros, ones)
+
+
+def _core_gradient(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
+    ones = [1] * len(stride)
+    spread = [d * (k - 1) - p for d, k, p in zip(dilation, core.shape[2:], padding, strict=True)]
+    if list(stride) == ones and min(spread) >= 0:
+        flipped = core.transpose(0, 1).flip(list(range(2, core.dim())))
+        return _core(grad, flipped, ones, spread, dilation)
+    return torch.ops.aten.convolution_backward(
+        grad, t, core, None, stride, padding, dilation, False, [0] * len(stride), 1, [True, False, False]
+    )[0]
+
+
+def _core_weights(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
+    kernel, last = list(core.shape[2:]), block_memory_format(len(stride), False)
+    ours = grad.shape[-1] >= LONG_ROW and grad.shape[1] * t.shape[1] <= FEW_PAIRS and t.shape[1] % 8 == 0
+    if grad.dtype == torch.float32 and ours:
+        grad, t = (x.contiguous(memory_format=last) for x in (grad, t))
+        return torch.ops.tucker_ops._core_gradient_cpu(grad, t, kernel, stride, padding, dilation)
+    core, zeros = core.contiguous(memory_format=last), [0] * len(stride)
+    return torch.ops.aten.convolution_backward(
+        grad, t, core, None, stride, padding, dilation, False, zeros, 1, [False, True, False]
+    )[1]
+
+
+def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """bf16 in float32, where the processor does not multiply bf16: torch would take a hundred times as long."""
+    if native.multiplies_bfloat16():
+        return tensors
+    return tuple(None if t is None else t.float() for t in tensors)
+
+
+def stages(input, u_in, core, u_out, bias, stride, padding, dilation) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, layout = input.dtype, memory_format(input)
+    x, u_in, core, u_out, bias = _wide(input, u_in, core, u_out, bias)
+    t = _volume(_rows(x) @ u_in.T, x.shape[2:])
+    z = _core(t, core, stride, padding, dilation)
+    rows = _rows(z) @ u_out.T
+    if bias is not None:
+        rows += bias
+    values = _volume(rows, z.shape[2:]).to(dtype)
+    return values.contiguous(memory_format=layout), t.to(dtype), z.to(dtype)
+
+
+def run(
+    grad, input, u_in, core, u_out, stride, padding, dilation, mask, t=None, z=None
+) -> tuple[Tensor | None, ...]:
+    dtype = input.dtype
+    need_input, need_in, need_core, need_out, need_bias = mask
+    below_core = need_input or need_in
+    grad, input, u_in, core, u_out, t, z = _wide(grad, input, u_in, core, u_out, t, z)
+    size = input.shape[2:]
+    g, x = _rows(grad), _rows(input)
+    grads: list[Tensor | None] = [None] * 5
+    if (need_core or need_out) and t is None:
+        t = _pointwise(input, u_in)
+    if need_out:
+        z = _core(t, core, stride, padding, dilation) if z is None else z
+        grads[3] = _weights(g, _rows(z))
+    if need_core or below_core:
+        grad_z = _pointwise(grad, u_out.T)
+    if need_core:
+        grads[2] = _core_weights(grad_z, t, core, stride, padding, dilation)
+    if below_core:
+        like = grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *size) if t is None else t
+        grad_t = _core_gradient(grad_z, like, core, stride, padding, dilation)
+        if need_in:
+            grads[1] = _weights(_rows(grad_t), x)
+        if need_input and memory_format(input) == torch.contiguous_format:
+            grads[0] = (u_in.T @ grad_t.flatten(2)).unflatten(2, tuple(size))
+        elif need_input:
+            grads[0] = _pointwise(grad_t, u_in.T)
+    if need_bias:
+        grads[4] = g.sum((0, 1))
+    return tuple(None if value is None else value.to(dtype) for value in grads)

@@ -1,0 +1,136 @@
+"""`triton`: kernels compiled on the user's machine at first use, for NVIDIA GPUs of compute capability 8.0 and newer.
+
+Two launches: input ranks, with what the producer's norm and activation left to do; then core, output ranks, bias and
+statistics. The gradient is made of the same kernels and a third. Triton itself is imported when something runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from importlib.machinery import PathFinder
+
+import torch
+
+from tucker_ops.backends.base import Backend, Derivative, Verdict
+from tucker_ops.types import BlockProblem, Problem
+
+LEAST_CAPABILITY = 80
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# With u_out one program holds all output ranks of its voxels in registers; from there on ranks_in of the gradient too.
+MOST_RANKS = 512
+MOST_COVARIANCE = 128
+MOST_VOXELS = 2**31 - 4096
+MOST_ITEMS = 65535
+PROVEN: frozenset[int] = frozenset()
+UNPROVEN_VARIABLE = "TUCKER_TRITON_UNPROVEN"
+
+
+def interpreted() -> bool:
+    """Does Triton's interpreter run the kernels, in Python on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _installed() -> Verdict:
+    if PathFinder.find_spec("triton") is None:
+        return Verdict(False, "Triton is not installed: pip install triton")
+    return Verdict(True, "Triton is installed")
+
+
+def _available() -> Verdict:
+    if not _installed():
+        return _installed()
+    if interpreted():
+        return Verdict(True, "in Triton's interpreter (TRITON_INTERPRET=1)")
+    if not torch.cuda.is_available():
+        return Verdict(False, "Triton is installed, but torch finds no NVIDIA GPU and driver here")
+    capability = _capability()
+    if capability < LEAST_CAPABILITY:
+        return Verdict(
+            False,
+            f"needs compute capability 8.0 or later, this GPU has {capability / 10}: Triton multiplies without tensor "
+            "cores there",
+        )
+    return Verdict(True, f"Triton, for compute capability {capability / 10} here")
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _supports(problem: Problem | BlockProblem) -> Verdict:
+    if problem.dtype not in DTYPES:
+        return Verdict(
+            False, f"computes float16, bfloat16 and float32, not {str(problem.dtype).removeprefix('torch.')}"
+        )
+    if max(problem.rank_in, problem.rank_out) > MOST_RANKS:
+        return Verdict(
+            False,
+            f"holds at most {MOST_RANKS} ranks in registers, not {max(problem.rank_in, problem.rank_out)}",
+        )
+    for size in (problem.input_size, problem.output_size):
+        if math.prod(size) > MOST_VOXELS:
+            return Verdict(False, f"counts at most {MOST_VOXELS:,} voxels an item, not {math.prod(size):,}")
+    if problem.batch > MOST_ITEMS:
+        return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
+    return Verdict(True, "float16, bfloat16 or float32 on the GPU")
+
+
+def _prefers(problem: Problem | BlockProblem) -> Verdict:
+    if interpreted():
+        return Verdict(False, "the interpreter is for tests: ask for backend 'triton' by name")
+    capability = _capability()
+    if capability in PROVEN:
+        return Verdict(True, f"has passed its tests on compute capability {capability / 10}")
+    if os.environ.get(UNPROVEN_VARIABLE) == "1":
+        return Verdict(True, f"{UNPROVEN_VARIABLE}=1")
+    return Verdict(
+        False,
+        f"has passed its tests in Triton's interpreter, but on no card of compute capability {capability / 10} yet: "
+        f"set {UNPROVEN_VARIABLE}=1, or ask for backend 'triton' by name",
+    )
+
+
+def _supports_block(problem: BlockProblem) -> Verdict:
+    if problem.expanded and max(problem.channels) > MOST_RANKS:
+        return Verdict(
+            False, f"expands sources to at most {MOST_RANKS} channels, not {max(problem.channels)}"
+        )
+    if problem.stats == "covariance":
+        if problem.u_out:
+            return Verdict(False, "takes the covariance of the core's output only: leave u_out to the reader")
+        if problem.rank_out > MOST_COVARIANCE:
+            return Verdict(
+                False,
+                f"takes the covariance of at most {MOST_COVARIANCE} ranks, not {problem.rank_out}",
+            )
+    return _supports(problem)
+
+
+def _launches():
+    from tucker_ops.backends.triton import launch
+
+    return launch
+
+
+TRITON = Backend(
+    name="triton",
+    # The interpreter, which has to be asked for before Triton is imported, takes tensors on the CPU.
+    device=None if interpreted() else "cuda",
+    available=_available,
+    supports=_supports,
+    prefers=_prefers,
+    run=lambda *args: _launches().forward(*args),
+    describe=lambda problem: "two launches: input ranks, then core and output ranks",
+    supports_block=_supports_block,
+    run_block=lambda *args: _launches().block(*args),
+    derivative=Derivative(
+        supports=_supports,
+        prefers=_prefers,
+        run=lambda *args: _launches().backward(*args),
+        stages=lambda *args: _launches().stages(*args),
+    ),
+)

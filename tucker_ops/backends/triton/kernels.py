@@ -1,0 +1,291 @@
+"""The Triton kernels: three kinds of matrix product over voxels, from which forward and gradient are made.
+
+Activations are channels-last, so that a voxel is a row of channels; 2D is 3D of depth 1. Ranks and channels are padded
+to blocks by masks. Products accumulate in fp32. Rows are counted in 32 bits within an item, elements in 64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _multiply(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    # Triton's interpreter returns garbage for a product of bf16 operands.
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """fp32 to a narrower type, to the nearest; the interpreter cuts bf16 off instead, unless nothing is left to cut."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _along(
+    o,
+    k,
+    EXTENT,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """The input position that output o reads through tap k, or, transposed, the output that input o goes to."""
+    if TRANSPOSED:
+        reach = o + PADDING - k * DILATION
+        i = reach // STRIDE
+        inside = (reach >= 0) & (i * STRIDE == reach) & (i < EXTENT)
+    else:
+        i = o * STRIDE - PADDING + k * DILATION
+        inside = (i >= 0) & (i < EXTENT)
+    return i, inside
+
+
+@triton.jit
+def reduce_rows(
+    x, matrix, expand, scale, shift, in_bias, partial, t,
+    DEPTH, HEIGHT, WIDTH, CHANNELS, SOURCE_CHANNELS, RANK, T_CHANNELS, T_FIRST, slope,
+    HAS_MATRIX: tl.constexpr, HAS_EXPAND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PARTIAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """t[m, T_FIRST + r] = Σ_c matrix[r, c] · act(scale[c] · (expand x)[m, c] + shift[c]) + partial[m, r] + in_bias[r].
+
+    Program (block of rows, position in a cell and block of ranks, item). x [N, D·H·W, SOURCE_CHANNELS]; a source at
+    1/STEP of the extents writes each of the STEP³ rows of its cell by a matrix of its own, [STEP³, RANK, CHANNELS].
+    Without a matrix the activated channels are t. scale, shift [N, CHANNELS] fp32; partial fp32, laid out as t.
+    """
+    STEPS: tl.constexpr = STEP_D * STEP_H * STEP_W
+    voxels = DEPTH * HEIGHT * WIDTH
+    blocks_r = tl.cdiv(RANK, BLOCK_R)
+    cell = tl.program_id(1) // blocks_r
+    r = (tl.program_id(1) % blocks_r) * BLOCK_R + tl.arange(0, BLOCK_R)
+    item = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok, r_ok = rows < voxels, r < RANK
+    source = x + item.to(tl.int64) * voxels * SOURCE_CHANNELS + rows.to(tl.int64)[:, None] * SOURCE_CHANNELS
+
+    if HAS_EXPAND:
+        e = tl.arange(0, BLOCK_E)
+        e_ok = e < SOURCE_CHANNELS
+        narrow = tl.load(source + e[None, :], mask=row_ok[:, None] & e_ok[None, :], other=0.0)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    first, last = 0, CHANNELS
+    if not HAS_MATRIX:
+        tl.static_assert(BLOCK_C == BLOCK_R)
+        first = (tl.program_id(1) % blocks_r) * BLOCK_R
+        last = first + 1
+    for c0 in range(first, last, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        c_ok = c < CHANNELS
+        if HAS_EXPAND:
+            wide = tl.load(
+                expand + c[None, :] * SOURCE_CHANNELS + e[:, None],
+                mask=c_ok[None, :] & e_ok[:, None],
+                other=0.0,
+            )
+            value = _multiply(narrow, wide, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION, UPCAST)
+        else:
+            value = tl.load(source + c[None, :], mask=row_ok[:, None] & c_ok[None, :], other=0.0)
+        if HAS_SCALE:
+            value = value.to(tl.float32) * tl.load(scale + item * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+        if HAS_SHIFT:
+            value = value.to(tl.float32) + tl.load(shift + item * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+        if ACTIVATION:
+            value = value.to(tl.float32)
+            value = tl.where(value < 0, value * slope, value)
+        if HAS_MATRIX:
+            weights = tl.load(
+                matrix + cell * RANK * CHANNELS + r[None, :] * CHANNELS + c[:, None],
+                mask=r_ok[None, :] & c_ok[:, None], other=0.0,
+            )  # fmt: skip
+            total = _multiply(
+                _rounded(value.to(tl.float32), x.dtype.element_ty, UPCAST), weights, total, PRECISION, UPCAST
+            )
+        else:
+            total = value.to(tl.float32)
+
+    if STEPS > 1:
+        w, h, d = rows % WIDTH, rows // WIDTH % HEIGHT, rows // (WIDTH * HEIGHT)
+        w = w * STEP_W + cell % STEP_W
+        h = h * STEP_H + cell // STEP_W % STEP_H
+        d = d * STEP_D + cell // (STEP_W * STEP_H)
+        rows = (d * (HEIGHT * STEP_H) + h) * (WIDTH * STEP_W) + w
+    at = (item.to(tl.int64) * (voxels * STEPS) + rows.to(tl.int64))[:, None] * T_CHANNELS + (T_FIRST + r)[
+        None, :
+    ]
+    ok = row_ok[:, None] & r_ok[None, :]
+    if HAS_PARTIAL:
+        total += tl.load(partial + at, mask=ok, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(in_bias + T_FIRST + r, mask=r_ok, other=0.0).to(tl.float32)[None, :]
+    tl.store(t + at, _rounded(total, t.dtype.element_ty, UPCAST), mask=ok)
+
+
+@triton.jit
+def convolve_rows(
+    t, core, u_out, bias, values, z, mean, m2, covariance,
+    DEPTH, HEIGHT, WIDTH, OUT_DEPTH, OUT_HEIGHT, OUT_WIDTH, RANK_IN, RANK_OUT, CHANNELS,
+    U_RANK_STRIDE, U_CHANNEL_STRIDE, ROW_STRIDE, CHANNEL_STRIDE,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
+    HAS_STATS: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """z = core ∗ t, then values = u_out · z + bias in the same program, or z + bias where there is no u_out.
+
+    Program (block of output rows, block of ranks, item); with u_out one block holds all ranks. t [N, D·H·W, RANK_IN];
+    core [taps, RANK_IN, RANK_OUT]; values at row · ROW_STRIDE + channel · CHANNEL_STRIDE within an item; z channels-
+    last, rounded as the second product reads it. TRANSPOSED: the gradient of the convolution, D·H·W being the extents
+    of its output. mean, m2 [N, blocks, CHANNELS], covariance [N, blocks, CHANNELS, CHANNELS]: of the fp32 values of
+    each block of rows; the latter without u_out only.
+    """
+    voxels, out_voxels = DEPTH * HEIGHT * WIDTH, OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
+    item = tl.program_id(2)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = rows < out_voxels
+    ow, oh, od = rows % OUT_WIDTH, rows // OUT_WIDTH % OUT_HEIGHT, rows // (OUT_WIDTH * OUT_HEIGHT)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r_ok = r < RANK_OUT
+    source = t + item.to(tl.int64) * voxels * RANK_IN
+
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    # Taps and blocks of ranks in one loop, which Triton overlaps with its loads; of two it overlaps the inner one.
+    blocks_k = tl.cdiv(RANK_IN, BLOCK_K)
+    for step in range(0, KERNEL_D * KERNEL_H * KERNEL_W * blocks_k):
+        tap = step // blocks_k
+        k = (step % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+        k_ok = k < RANK_IN
+        kw, kh, kd = tap % KERNEL_W, tap // KERNEL_W % KERNEL_H, tap // (KERNEL_W * KERNEL_H)
+        d, d_ok = _along(od, kd, DEPTH, STRIDE_D, PADDING_D, DILATION_D, TRANSPOSED)
+        h, h_ok = _along(oh, kh, HEIGHT, STRIDE_H, PADDING_H, DILATION_H, TRANSPOSED)
+        w, w_ok = _along(ow, kw, WIDTH, STRIDE_W, PADDING_W, DILATION_W, TRANSPOSED)
+        inside = row_ok & d_ok & h_ok & w_ok
+        at = ((d * HEIGHT + h) * WIDTH + w).to(tl.int64) * RANK_IN
+        part = tl.load(source + at[:, None] + k[None, :], mask=inside[:, None] & k_ok[None, :], other=0.0)
+        weights = tl.load(
+            core + (tap * RANK_IN + k)[:, None] * RANK_OUT + r[None, :],
+            mask=k_ok[:, None] & r_ok[None, :],
+            other=0.0,
+        )
+        total = _multiply(part, weights, total, PRECISION, UPCAST)
+
+    first_row = item.to(tl.int64) * out_voxels
+    if HAS_Z:
+        z_at = (first_row + rows.to(tl.int64))[:, None] * RANK_OUT + r[None, :]
+        tl.store(z + z_at, _rounded(total, z.dtype.element_ty, UPCAST), mask=row_ok[:, None] & r_ok[None, :])
+    base = first_row * CHANNELS + rows.to(tl.int64)[:, None] * ROW_STRIDE
+    block = item * tl.num_programs(0) + tl.program_id(0)
+    count = tl.minimum(out_voxels - tl.program_id(0) * BLOCK_M, BLOCK_M).to(tl.float32)
+    if HAS_U:
+        narrow = _rounded(total, t.dtype.element_ty, UPCAST)
+        for c0 in range(0, CHANNELS, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            c_ok = c < CHANNELS
+            wide = tl.load(
+                u_out + r[:, None] * U_RANK_STRIDE + c[None, :] * U_CHANNEL_STRIDE,
+                mask=r_ok[:, None] & c_ok[None, :], other=0.0,
+            )  # fmt: skip
+            out = _multiply(narrow, wide, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION, UPCAST)
+            if HAS_BIAS:
+                out += tl.load(bias + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+            if HAS_STATS:
+                _store_statistics(
+                    out, row_ok, count, mean + block * CHANNELS + c, m2 + block * CHANNELS + c, c_ok
+                )
+            out_at = base + c.to(tl.int64)[None, :] * CHANNEL_STRIDE
+            tl.store(
+                values + out_at,
+                _rounded(out, values.dtype.element_ty, UPCAST),
+                mask=row_ok[:, None] & c_ok[None, :],
+            )
+    else:
+        if HAS_BIAS:
+            total += tl.load(bias + r, mask=r_ok, other=0.0).to(tl.float32)[None, :]
+        if HAS_STATS:
+            deviation = _store_statistics(
+                total, row_ok, count, mean + block * CHANNELS + r, m2 + block * CHANNELS + r, r_ok
+            )
+            if HAS_COVARIANCE:
+                products = tl.dot(tl.trans(deviation), deviation, input_precision="ieee")
+                cells = (block.to(tl.int64) * CHANNELS + r)[:, None] * CHANNELS + r[None, :]
+                tl.store(covariance + cells, products, mask=r_ok[:, None] & r_ok[None, :])
+        out_at = base + r.to(tl.int64)[None, :] * CHANNEL_STRIDE
+        tl.store(
+            values + out_at,
+            _rounded(total, values.dtype.element_ty, UPCAST),
+            mask=row_ok[:, None] & r_ok[None, :],
+        )
+
+
+@triton.jit
+def _store_statistics(values, row_ok, count, mean_at, m2_at, channel_ok):
+    """Mean and the sum of squared deviations, of one block of rows: two passes, over registers. Returns deviations."""
+    mean = tl.sum(tl.where(row_ok[:, None], values, 0.0), 0) / count
+    deviation = tl.where(row_ok[:, None], values - mean[None, :], 0.0)
+    tl.store(mean_at, mean, mask=channel_ok)
+    tl.store(m2_at, tl.sum(deviation * deviation, 0), mask=channel_ok)
+    return deviation
+
+
+@triton.jit
+def outer_rows(
+    a, b, partial,
+    ITEMS, DEPTH, HEIGHT, WIDTH, OUT_DEPTH, OUT_HEIGHT, OUT_WIDTH, A_CHANNELS, B_CHANNELS, BLOCKS_EACH,
+    KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
+    STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
+    DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """partial[p, tap, i, j] = Σ over the p-th share of output voxels m of a[m, i] · b[what m reads through tap, j].
+
+    Program (share of the rows, tap, block of i and j). a [N, output voxels, A_CHANNELS], b [N, D·H·W, B_CHANNELS];
+    partial [shares, taps, A_CHANNELS, B_CHANNELS] in fp32, to be added up in order: the same sum every time.
+    """
+    out_voxels = OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
+    blocks_b = tl.cdiv(B_CHANNELS, BLOCK_B)
+    i = (tl.program_id(2) // blocks_b) * BLOCK_A + tl.arange(0, BLOCK_A)
+    j = (tl.program_id(2) % blocks_b) * BLOCK_B + tl.arange(0, BLOCK_B)
+    i_ok, j_ok = i < A_CHANNELS, j < B_CHANNELS
+    tap = tl.program_id(1)
+    kw, kh, kd = tap % KERNEL_W, tap // KERNEL_W % KERNEL_H, tap // (KERNEL_W * KERNEL_H)
+    blocks_m = tl.cdiv(out_voxels, BLOCK_M)
+    total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    first = tl.program_id(0) * BLOCKS_EACH
+    for block in range(first, tl.minimum(first + BLOCKS_EACH, blocks_m * ITEMS)):
+        item = (block // blocks_m).to(tl.int64)
+        rows = (block % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_ok = rows < out_voxels
+        ow, oh, od = rows % OUT_WIDTH, rows // OUT_WIDTH % OUT_HEIGHT, rows // (OUT_WIDTH * OUT_HEIGHT)
+        d, d_ok = _along(od, kd, DEPTH, STRIDE_D, PADDING_D, DILATION_D, False)
+        h, h_ok = _along(oh, kh, HEIGHT, STRIDE_H, PADDING_H, DILATION_H, False)
+        w, w_ok = _along(ow, kw, WIDTH, STRIDE_W, PADDING_W, DILATION_W, False)
+        inside = row_ok & d_ok & h_ok & w_ok
+        left = tl.load(
+            a + (item * out_voxels + rows)[None, :] * A_CHANNELS + i[:, None],
+            mask=inside[None, :] & i_ok[:, None], other=0.0,
+        )  # fmt: skip
+        at = item * (DEPTH * HEIGHT * WIDTH) + ((d * HEIGHT + h) * WIDTH + w)
+        right = tl.load(
+            b + at[:, None] * B_CHANNELS + j[None, :], mask=inside[:, None] & j_ok[None, :], other=0.0
+        )
+        total = _multiply(left, right, total, PRECISION, UPCAST)
+    share = tl.program_id(0) * (KERNEL_D * KERNEL_H * KERNEL_W) + tap
+    at = (share.to(tl.int64) * A_CHANNELS + i)[:, None] * B_CHANNELS + j[None, :]
+    tl.store(partial + at, total, mask=i_ok[:, None] & j_ok[None, :])
