@@ -1,4 +1,4 @@
-// tucker_ops::_norm_act_cpu and _norm_act_backward_cpu: InstanceNorm and LeakyReLU of channels-last tensors, for training.
+// tucker_ops::_norm_act_cpu, _norm_act_again_cpu and _norm_act_backward_cpu: InstanceNorm and LeakyReLU of channels-last tensors, for training.
 //
 // Forward reads the input twice and writes once, the gradient reads input and gradient twice and writes once.
 
@@ -108,6 +108,14 @@ void combine(const Shape& s, const float* means, const float* squares, double ep
 }
 
 template <class T>
+void activate(const Shape& s, const NormKernels<T>& kernels, const T* x, const Affine& affine, float slope, T* y) {
+  for_blocks(s, [&](int64_t n, int64_t first, int64_t last, int64_t) {
+    const int64_t nc = n * s.channels, at = (n * s.voxels + first) * s.channels;
+    kernels.apply(x + at, s.channels, last - first, affine.scale.data() + nc, affine.shift.data() + nc, slope, y + at);
+  });
+}
+
+template <class T>
 void forward(const Shape& s, const NormKernels<T>& kernels, const T* x, const float* weight, const float* bias, double eps, float slope, T* y, float* mean,
              float* rstd) {
   std::vector<float> means(s.items * s.blocks() * s.channels), squares(means.size());
@@ -116,11 +124,7 @@ void forward(const Shape& s, const NormKernels<T>& kernels, const T* x, const fl
                        squares.data() + block * s.channels);
   });
   combine(s, means.data(), squares.data(), eps, mean, rstd);
-  const Affine affine = affine_of(s, mean, rstd, weight, bias);
-  for_blocks(s, [&](int64_t n, int64_t first, int64_t last, int64_t) {
-    const int64_t nc = n * s.channels, at = (n * s.voxels + first) * s.channels;
-    kernels.apply(x + at, s.channels, last - first, affine.scale.data() + nc, affine.shift.data() + nc, slope, y + at);
-  });
+  activate(s, kernels, x, affine_of(s, mean, rstd, weight, bias), slope, y);
 }
 
 // With g' the gradient behind the activation and x̂ the normalised input, both per item: Σ g' and Σ g' x̂, and from them
@@ -198,6 +202,27 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor x, std::optional<Tensor> weig
   return {y, mean, rstd};
 }
 
+// The values once more, from the statistics that came with them.
+Tensor norm_act_again(Tensor x, Tensor mean, Tensor rstd, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                      double slope) {
+  constexpr const char* op = "tucker_ops::_norm_act_again_cpu";
+  const Shape s = shape_of(op, x);
+  const float* const m = vector_of(op, mean, s.items * s.channels);
+  const float* const r = vector_of(op, rstd, s.items * s.channels);
+  const Affine affine = affine_of(s, m, r, vector_of(op, weight, s.channels), vector_of(op, bias, s.channels));
+  Tensor y = pooled_empty(size_of(x), x.scalar_type(), true);
+  if (x.numel() == 0) return y;
+  const float negative = static_cast<float>(slope);
+  if (x.scalar_type() == ScalarType::Float) {
+    activate(s, training_kernels().float32, static_cast<const float*>(x.const_data_ptr()), affine, negative,
+             static_cast<float*>(y.mutable_data_ptr()));
+  } else {
+    activate(s, training_kernels().bfloat16, static_cast<const uint16_t*>(x.const_data_ptr()), affine, negative,
+             static_cast<uint16_t*>(y.mutable_data_ptr()));
+  }
+  return y;
+}
+
 // grad_x is empty, [0], where need_input says no.
 std::tuple<Tensor, Tensor, Tensor> norm_act_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd,
                                                      std::optional<Tensor> weight, std::optional<Tensor> bias, double slope,
@@ -235,5 +260,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_backward(Tensor grad, Tensor x, Tens
 
 STABLE_TORCH_LIBRARY_IMPL(tucker_ops, CPU, m) {
   m.impl("_norm_act_cpu", TORCH_BOX(&tucker_ops::cpu::norm_act));
+  m.impl("_norm_act_again_cpu", TORCH_BOX(&tucker_ops::cpu::norm_act_again));
   m.impl("_norm_act_backward_cpu", TORCH_BOX(&tucker_ops::cpu::norm_act_backward));
 }

@@ -15,6 +15,7 @@ from tests.ops.test_gradient import LIMITS, saved_bytes
 from tucker_ops import fuse
 from tucker_ops.backends import native
 from tucker_ops.fused import executor
+from tucker_ops.fused.training import norm_act_conv
 
 norm_act = torch.ops.tucker_ops.norm_act
 
@@ -37,7 +38,8 @@ def step(network: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], dict[
 
 def uses_the_form(network: nn.Module) -> bool:
     form = executor._train_form(network)
-    return form is not None and any(node.target is norm_act.default for node in form.graph.nodes)
+    targets = (norm_act.default, norm_act_conv)
+    return form is not None and any(node.target in targets for node in form.graph.nodes)
 
 
 @pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
@@ -58,6 +60,34 @@ def test_outputs_and_gradients_match_float64(name, compressed):
         # That of a bias before a norm is 0, but for rounding: measured 6e-7 of the largest gradient, torch's as ours.
         rounding = 5e-6 * max(size.values()) if size[name] < 1e-9 * max(size.values()) else 0
         assert error <= max(LIMITS[torch.float32] * size[name], rounding), name
+
+
+def test_gradcheck_of_norm_and_convolution_first_and_second_order():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 2, 3, 4, 3), (2,), (2,), (2, 2), (2, 2, 2, 3, 1), (3, 2), (3,))
+    tensors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes
+    ]
+
+    def call(x, weight, bias, *conv):
+        return norm_act_conv(x, weight, bias, 1e-5, 0.2, *conv, [1, 2, 1], [1, 1, 0], [1, 1, 1])
+
+    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+def test_frozen_parts_get_no_gradient():
+    """Each of the network's parameters alone."""
+    network, x = made("plain", True)
+    fused = fuse(network).train()
+    _, whole = step(fused, x)
+    for name, parameter in list(fused.named_parameters())[:12]:
+        fused.requires_grad_(False)
+        parameter.requires_grad_()
+        _, alone = step(fused, x)
+        assert list(alone) == [name] * (name in whole)
+        if alone:
+            torch.testing.assert_close(alone[name], whole[name], rtol=1e-4, atol=1e-7)
 
 
 def test_dropout_stays_dropout():

@@ -100,6 +100,13 @@ def test_results_do_not_depend_on_the_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_again_is_the_same():
+    x, weight, bias = operands((2, 13, 5, 6, 7), torch.float32)
+    values, mean, rstd = norm_act(x, weight, bias, EPS, 0.01)
+    again = torch.ops.tucker_ops._norm_act_again_cpu(x, mean, rstd, weight, bias, 0.01)
+    assert torch.equal(values, again) and again.stride() == values.stride()
+
+
 def test_nan_stays_in_its_channel():
     x, weight, bias = operands((1, 8, 3, 4, 5), torch.float32)
     x[0, 3, 1, 1, 1] = float("nan")
@@ -122,6 +129,7 @@ def test_opcheck(op):
     arguments = (grad, x, mean, rstd, weight, bias, EPS, 0.01, [True] * 3)
     torch.library.opcheck(torch.ops.tucker_ops.norm_act_backward.default, arguments)
     private = [t.detach() for t in arguments[:6]]
+    torch.library.opcheck(torch.ops.tucker_ops._norm_act_again_cpu.default, (*private[1:], 0.01))
     torch.library.opcheck(torch.ops.tucker_ops._norm_act_backward_cpu.default, (*private, 0.01, True))
 
 

@@ -16,7 +16,7 @@ from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
 from tucker_ops.backends.select import block_kernels
 from tucker_ops.errors import ConfigError, ConversionError
-from tucker_ops.fused.graphs import hooked, trace
+from tucker_ops.fused.graphs import hooked, is_leaf, trace
 from tucker_ops.fused.rewrite import Layer, Rewriter
 from tucker_ops.fused.training import train_form
 
@@ -233,15 +233,13 @@ def _train_form(model: nn.Module) -> fx.GraphModule | None:
 
 
 def _make_train_form(model: nn.Module) -> fx.GraphModule | None:
+    # Before tracing, which would call such hooks.
+    if any(hooked(module) and not is_leaf(module) for module in model.modules() if module is not model):
+        return None
     try:
-        graph = _trace_unfused(model)
+        form, replaced = train_form(model, _trace_unfused(model))
     except ConversionError:
         return None
-    leaves = {node.target for node in graph.nodes if node.op == "call_module"}
-    objects = {id(model.get_submodule(target)) for target in leaves}
-    if any(hooked(module) and id(module) not in objects for module in model.modules() if module is not model):
-        return None
-    form, replaced = train_form(model, graph)
     return form if replaced else None
 
 

@@ -30,6 +30,11 @@ def trace(model: nn.Module) -> fx.Graph:
         ) from error
 
 
+def is_leaf(module: nn.Module) -> bool:
+    """Does a trace of a network that holds this module have it as one node?"""
+    return _Tracer().is_leaf_module(module, "")
+
+
 def sizes(model: nn.Module, graph: fx.Graph) -> dict[fx.Node, float]:
     """Values of every hidden convolution's output per voxel of the network's input, strides as they would divide it.
 

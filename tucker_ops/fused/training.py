@@ -9,10 +9,12 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tucker_ops.fused.graphs import computes_statistics, hooked
+from tucker_ops.backends.select import norm_act_kernels
+from tucker_ops.fused.graphs import computes_statistics, has_own_forward, hooked
+from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 
 
 def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
@@ -45,9 +47,87 @@ def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
         if activation is not None:
             graph.erase_node(node)
         replaced += 1
+    for node in list(graph.nodes):
+        _join(node, modules, graph)
     module = fx.GraphModule(model, graph)
     module.graph.lint()
     return module, replaced
+
+
+def _join(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None:
+    """A Tucker convolution that alone reads a `norm_act`: both as one function, which keeps the norm's input only."""
+    conv = modules.get(node.target) if node.op == "call_module" else None
+    if not isinstance(conv, TuckerConv2d | TuckerConv3d) or hooked(conv) or not has_own_forward(conv):
+        return
+    values = node.args[0]
+    call = values.args[0] if values.target is operator.getitem else None
+    if call is None or call.target is not torch.ops.tucker_ops.norm_act.default or len(values.users) != 1:
+        return
+    with graph.inserting_before(node):
+        weights = [
+            None if getattr(conv, name) is None else graph.get_attr(f"{node.target}.{name}")
+            for name in ("u_in", "core", "u_out", "bias")
+        ]
+        geometry = [list(v) for v in (conv.stride, conv.padding, conv.dilation)]
+        joined = graph.call_function(norm_act_conv, (*call.args, *weights, *geometry))
+    node.replace_all_uses_with(joined)
+    for old in (node, values, call):
+        graph.erase_node(old)
+
+
+def norm_act_conv(
+    input: Tensor, weight, bias, eps: float, slope: float, u_in, core, u_out, conv_bias, stride, padding, dilation
+) -> Tensor:  # fmt: skip
+    """`norm_act`, then `tucker_conv`; the activated tensor between them is made again for the gradient."""
+    if torch.is_autocast_enabled("cpu"):
+        # What autocast does to the arguments of a convolution; inside, the function's own gradient would not see it.
+        dtype = torch.get_autocast_dtype("cpu")
+        u_in, core, u_out, conv_bias = (
+            None if t is None else t.to(dtype) for t in (u_in, core, u_out, conv_bias)
+        )
+        input = input.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            return _NormActConv.apply(
+                input, weight, bias, eps, slope, u_in, core, u_out, conv_bias, stride, padding, dilation
+            )
+    return _NormActConv.apply(
+        input, weight, bias, eps, slope, u_in, core, u_out, conv_bias, stride, padding, dilation
+    )
+
+
+class _NormActConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, eps, slope, u_in, core, u_out, conv_bias, *geometry):
+        values, mean, rstd = torch.ops.tucker_ops.norm_act(input, weight, bias, eps, slope)
+        ctx.save_for_backward(input, mean, rstd, weight, bias, u_in, core, u_out)
+        ctx.numbers, ctx.geometry = (eps, slope), geometry
+        return torch.ops.tucker_ops.tucker_conv(values, u_in, core, u_out, conv_bias, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, mean, rstd, weight, bias, u_in, core, u_out = ctx.saved_tensors
+        eps, slope = ctx.numbers
+        need_input, need_weight, need_bias, _, _, *need_conv = ctx.needs_input_grad[:9]
+        below = need_input or need_weight or need_bias
+        if torch.is_grad_enabled() or not norm_act_kernels(input):
+            # To be differentiated again, or on tensors that the compiled kernels do not take.
+            values = torch.ops.tucker_ops.norm_act(input, weight, bias, eps, slope)[0]
+        else:
+            affine = (None if t is None else t.float() for t in (weight, bias))
+            values = torch.ops.tucker_ops._norm_act_again_cpu(input, mean, rstd, *affine, slope)
+        wanted = [below, *need_conv]
+        grads = torch.ops.tucker_ops.tucker_conv_backward(
+            grad, values, u_in, core, u_out, *ctx.geometry, wanted
+        )
+        of_conv = [g if needed else None for g, needed in zip(grads[1:], need_conv, strict=True)]
+        of_norm: list[Tensor | None] = [None] * 3
+        if below:
+            mask = [need_input, need_weight, need_bias]
+            found = torch.ops.tucker_ops.norm_act_backward(
+                grads[0], input, mean, rstd, weight, bias, eps, slope, mask
+            )
+            of_norm = [g if needed else None for g, needed in zip(found, mask, strict=True)]
+        return *of_norm, None, None, *of_conv, None, None, None
 
 
 def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:

@@ -36,6 +36,10 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
+    f"_norm_act_again_cpu(Tensor input, Tensor mean, Tensor rstd, {_AFFINE}, float slope) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
     f"_norm_act_backward_cpu(Tensor grad, Tensor input, Tensor mean, Tensor rstd, {_AFFINE}, float slope, "
     "bool need_input) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -159,6 +163,12 @@ def _(grad, input, mean, rstd, weight, bias, eps, slope, output_mask):
     return tuple(
         value if wanted else input.new_empty(0) for value, wanted in zip(found, output_mask, strict=True)
     )
+
+
+@torch.library.register_fake("tucker_ops::_norm_act_again_cpu", lib=LIBRARY)
+def _(input, mean, rstd, weight, bias, slope):
+    check_norm_act(input, weight, bias)
+    return torch.empty_like(input)
 
 
 @torch.library.register_fake("tucker_ops::_norm_act_backward_cpu", lib=LIBRARY)
