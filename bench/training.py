@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import tucker_ops
@@ -159,16 +157,37 @@ def main() -> None:
         network_steps(arguments.factor, 2),
         arguments.rounds,
     )
-    columns = [key for key in rows[-1]]
-    table = Table(*columns)
-    for row in rows:
-        cells = (row.get(key, "") for key in columns)
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells))
-    Console(width=220).print(table)
     origin = provenance()
-    text = as_json([row | origin for row in rows])
-    write_file(arguments.output / "results.json", text.encode(), force=True)
+    text = _table(rows, origin)
+    print(text)
+    write_file(arguments.output / "results.md", text.encode(), force=True)
+    write_file(
+        arguments.output / "results.json", as_json([row | origin for row in rows]).encode(), force=True
+    )
     print(f"Written to {arguments.output}")
+
+
+def _table(rows: Sequence[dict], origin: dict) -> str:
+    """Markdown: ratios are medians of time ÷ time within each round, below 1 is faster."""
+    lines = [
+        "# Gradients on the CPU",
+        "",
+        f"`python -m bench.training`, commit {origin['commit']}, {origin['cpu']}, {origin['threads']} threads, torch "
+        f"{origin['torch']}, fp32. Ratios are medians over {rows[0]['rounds']} rounds, below 1 is faster.",
+        "",
+        "| | peer | layout | ms (fastest to slowest) | ÷ best three convolutions | ÷ best dense | ÷ three, as nnU-Net |",
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        ratios = [
+            row["ratio_to_best_three_convolutions"],
+            row["ratio_to_best_dense"],
+            row.get("ratio_to_three_convolutions_as_nnunet"),
+        ]
+        cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        times = f"{row['median_ms']:.0f} ({row['fastest_ms']:.0f} to {row['slowest_ms']:.0f})"
+        lines.append(f"| {row['case']} | {row['peer']} | {row['layout']} | {times} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests.ops.problems import relative_rms
 from tests.ops.test_gradient import LIMITS, saved_bytes
 from tucker_ops import fuse
 from tucker_ops.backends import native
-from tucker_ops.fused import executor
+from tucker_ops.fused import executor, explain
 from tucker_ops.fused.training import norm_act_conv
 
 norm_act = torch.ops.tucker_ops.norm_act
@@ -37,7 +37,7 @@ def step(network: nn.Module, x: torch.Tensor) -> tuple[list[torch.Tensor], dict[
 
 
 def uses_the_form(network: nn.Module) -> bool:
-    form = executor._train_form(network)
+    form = executor._train_form(network).module
     targets = (norm_act.default, norm_act_conv)
     return form is not None and any(node.target in targets for node in form.graph.nodes)
 
@@ -144,8 +144,18 @@ def test_it_can_be_turned_off(switch, monkeypatch):
         monkeypatch.setenv(executor.FUSE_VARIABLE, "0")
     else:
         fused.fused = False
+    assert "as it was" in explain(fused).training.reason
     monkeypatch.setattr(executor, "_train_form", None)
     fused(x)
+
+
+def test_explain_says_what_training_does():
+    network, _ = made("plain", True)
+    assert "norms as one op" in str(explain(fuse(network)))
+    network.encoder.stages[0].register_forward_hook(print)
+    assert "encoder.stages.0 has hooks" in explain(network).training.reason
+    assert "no InstanceNorm" in explain(made("batch-norm", True)[0]).training.reason
+    assert "made for the CPU" in explain(network, device="cuda").training.reason
 
 
 def test_autocast_trains_in_bf16():

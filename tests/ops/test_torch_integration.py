@@ -99,6 +99,15 @@ def test_export_keeps_the_op_and_takes_other_sizes():
     torch.testing.assert_close(program.module()(other), network(other))
 
 
+@pytest.mark.slow
+def test_ahead_of_time_package(tmp_path):
+    network, x = Network().eval(), torch.randn(1, 3, 6, 7, 8)
+    with torch.no_grad():
+        program = torch.export.export(network, (x,))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "network.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), network(x))
+
+
 def test_channels_last_is_kept_through_compile():
     torch._dynamo.reset()
     network = TuckerConv2d(4, 6, 3, (3, 3), padding=1).eval()

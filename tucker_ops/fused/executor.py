@@ -46,11 +46,13 @@ class Explanation:
     """What `fuse` makes of a model: print it.
 
     ``used``: does inference run fused, on the model's device and dtype? ``precision``: in what, and why.
+    ``training``: does training run in a form of its own, and why not?
     """
 
     fusion: Fusion
     used: Verdict
     precision: str
+    training: Verdict
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -68,7 +70,7 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=0)
-        lines = [self.summary]
+        lines = [self.summary, f"training: {self.training.reason}"]
         for layer in self.layers:
             state = "fused" if layer.fused else "left "
             lines.append(f"  {state} {layer.name:<{width}}  {layer.kind}: {layer.reason}")
@@ -95,7 +97,7 @@ class FusedForward:
 
     def forward(self, input: Tensor):
         if _may_train(self, input):
-            return _train_form(self)(input)
+            return _train_form(self).module(input)
         if not _may_fuse(self, input):
             return super().forward(input)
         fusion = fusion_of(self, _autocast_dtype(input))
@@ -162,7 +164,9 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
     used = _kernels(device or parameter.device.type, dtype)
     if not fused.fused:
         used = Verdict(False, "turned off for this network")
-    return Explanation(fusion, used, _chosen(fused, dtype).reason)
+    return Explanation(
+        fusion, used, _chosen(fused, dtype).reason, _trains(fused, device or parameter.device.type)
+    )
 
 
 def _dtypes_to_come(model: nn.Module) -> tuple[torch.dtype, ...]:
@@ -207,24 +211,40 @@ def _may_fuse(model: nn.Module, input: Tensor) -> bool:
 
 
 def _may_train(model: nn.Module, input: Tensor) -> bool:
-    """Does the training form apply? Not where a hook on a container would miss its turn."""
     if (
         not model.training
-        or not model.fused
-        or torch.compiler.is_compiling()
         or not isinstance(input, Tensor)
-        or input.device.type != "cpu"
-        or os.environ.get(FUSE_VARIABLE) == "0"
+        or torch.compiler.is_compiling()
         or _global_forward_hooks
         or _global_forward_pre_hooks
-        or not native.load()
     ):
         return False
-    return _train_form(model) is not None
+    return bool(_trains(model, input.device.type))
 
 
-def _train_form(model: nn.Module) -> fx.GraphModule | None:
-    """Made anew when anything it depends on has changed; None where it cannot be traced or has hooks."""
+def _trains(model: nn.Module, device: str) -> Verdict:
+    """Does the training form apply on this kind of device? With the reason."""
+    if device != "cpu":
+        return Verdict(False, f"as it was: its form is made for the CPU, and tensors are on {device}")
+    if not model.fused:
+        return Verdict(False, "as it was: turned off for this network")
+    if os.environ.get(FUSE_VARIABLE) == "0":
+        return Verdict(False, f"as it was: {FUSE_VARIABLE}=0")
+    if not native.load():
+        return Verdict(False, f"as it was: {native.load().reason}")
+    return _train_form(model).verdict
+
+
+@dataclass(frozen=True)
+class _TrainForm:
+    """What runs in training, None for the model's own forward, and why."""
+
+    module: fx.GraphModule | None
+    verdict: Verdict
+
+
+def _train_form(model: nn.Module) -> _TrainForm:
+    """Made anew when anything it depends on has changed."""
     signature = _signature(model)
     known = model.__dict__.get(_TRAINING)
     if known is None or known[0] != signature:
@@ -232,15 +252,21 @@ def _train_form(model: nn.Module) -> fx.GraphModule | None:
     return known[1]
 
 
-def _make_train_form(model: nn.Module) -> fx.GraphModule | None:
+def _make_train_form(model: nn.Module) -> _TrainForm:
     # Before tracing, which would call such hooks.
-    if any(hooked(module) and not is_leaf(module) for module in model.modules() if module is not model):
-        return None
+    for name, module in model.named_modules():
+        if module is not model and hooked(module) and not is_leaf(module):
+            return _TrainForm(
+                None, Verdict(False, f"as it was: {name} has hooks, which its form would pass by")
+            )
     try:
         form, replaced = train_form(model, _trace_unfused(model))
-    except ConversionError:
-        return None
-    return form if replaced else None
+    except ConversionError as error:
+        return _TrainForm(None, Verdict(False, f"as it was: {error}"))
+    if not replaced:
+        return _TrainForm(None, Verdict(False, "as it was: no InstanceNorm without running statistics"))
+    text = f"channels-last, {replaced} norms as one op with what stands around them"
+    return _TrainForm(form, Verdict(True, text))
 
 
 def _autocast_dtype(input: Tensor) -> torch.dtype | None:
