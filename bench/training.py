@@ -175,7 +175,7 @@ def _table(rows: Sequence[dict], origin: dict) -> str:
         f"`python -m bench.training`, commit {origin['commit']}, {origin['cpu']}, {origin['threads']} threads, torch "
         f"{origin['torch']}, fp32. Ratios are medians over {rows[0]['rounds']} rounds, below 1 is faster.",
         "",
-        "| | peer | layout | ms (fastest to slowest) | ÷ best three convolutions | ÷ best dense | ÷ three, as nnU-Net |",
+        "| | peer | layout | ms (fastest to slowest) | ÷ best three | ÷ best dense | ÷ three, as nnU-Net |",
         "|---|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:

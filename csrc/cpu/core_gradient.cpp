@@ -22,7 +22,7 @@ namespace {
 constexpr const char* kOp = "tucker_ops::_core_gradient_cpu";
 // Weights of all shares together, and shares.
 constexpr int64_t kMostBytes = 16 * 1024 * 1024;
-constexpr int64_t kMostShares = 32;
+constexpr int64_t kMostShares = 16;
 
 using Three = std::array<int64_t, 3>;
 
@@ -98,12 +98,11 @@ Tensor core_gradient(Tensor grad, Tensor t, std::vector<int64_t> kernel, std::ve
   size.insert(size.end(), kernel.begin(), kernel.end());
   Tensor result = torch::stable::new_empty(t, size);
   auto* const to = static_cast<float*>(result.mutable_data_ptr());
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    for (int64_t i = 0; i < rank_out * rank_in; ++i) {
-      float sum = 0;
-      for (int64_t share = 0; share < shares; ++share) sum += sums[share * weights + tap * rank_out * rank_in + i];
-      to[i * taps + tap] = sum;
-    }
+  for (int64_t share = 1; share < shares; ++share) {
+    for (int64_t i = 0; i < weights; ++i) sums[i] += sums[share * weights + i];
+  }
+  for (int64_t i = 0; i < rank_out * rank_in; ++i) {
+    for (int64_t tap = 0; tap < taps; ++tap) to[i * taps + tap] = sums[tap * rank_out * rank_in + i];
   }
   return result;
 }
