@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 
@@ -90,6 +91,9 @@ def peers_of(
             ),
         ]  # fmt: skip
     last = SHORT["channels_last"]
+    if operands.input.is_cuda and tucker_ops.backends()["triton"]:
+        call = functools.partial(_ours, operands, "channels_last", "triton")
+        peers.append(Peer("tucker_conv, Triton", last, "", call, error_of, shown=True))
     for name, group, make in (
         ("one convolution", DENSE, _dense),
         ("three convolutions", THREE_CONVS, _three),

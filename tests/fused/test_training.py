@@ -123,6 +123,21 @@ def test_hooks_run():
     assert seen
 
 
+def test_computed_parameters_are_computed_on_every_call():
+    network, x = made("plain", True)
+    other = network.encoder.stages[0][0].convs[1].norm
+    torch.nn.utils.parametrize.register_parametrization(other, "weight", nn.Softplus(), unsafe=True)
+    exact = copy.deepcopy(network).double().train()
+    fused = fuse(network).train()
+    assert uses_the_form(fused)
+    step(fused, x)
+    with torch.no_grad():
+        for n in (network, exact):
+            n.encoder.stages[0][0].convs[1].norm.parametrizations.weight.original.add_(1)
+    for ours, theirs in zip(outputs(fused(x)), outputs(exact(x.double())), strict=True):
+        assert relative_rms(ours, theirs) <= 2e-5
+
+
 def test_changes_of_the_model_are_seen():
     network, x = made("plain", True)
     fused = fuse(network).train()

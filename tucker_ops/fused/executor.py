@@ -214,6 +214,7 @@ def _may_train(model: nn.Module, input: Tensor) -> bool:
     if (
         not model.training
         or not isinstance(input, Tensor)
+        or input.dtype not in (torch.float32, torch.bfloat16)
         or torch.compiler.is_compiling()
         or _global_forward_hooks
         or _global_forward_pre_hooks

@@ -16,6 +16,8 @@ from tucker_ops.backends.select import norm_act_kernels
 from tucker_ops.fused.graphs import computes_statistics, has_own_forward, hooked
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d
 
+_WEIGHTS = ("u_in", "core", "u_out", "bias")
+
 
 def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
     """`graph`, traced from `model`, with each InstanceNorm and the LeakyReLU that alone reads it as `norm_act`.
@@ -27,6 +29,8 @@ def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
     for node in list(graph.nodes):
         norm = modules.get(node.target) if node.op == "call_module" else None
         if not isinstance(norm, _InstanceNorm) or not computes_statistics(norm) or hooked(norm):
+            continue
+        if type(norm).forward is not _InstanceNorm.forward or not _holds(norm, ("weight", "bias")):
             continue
         activation = _activation_behind(node, modules)
         slope = 1.0 if activation is None else float(modules[activation.target].negative_slope)
@@ -59,6 +63,8 @@ def _join(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None
     conv = modules.get(node.target) if node.op == "call_module" else None
     if not isinstance(conv, TuckerConv2d | TuckerConv3d) or hooked(conv) or not has_own_forward(conv):
         return
+    if not _holds(conv, _WEIGHTS):
+        return
     values = node.args[0]
     call = values.args[0] if values.target is operator.getitem else None
     if call is None or call.target is not torch.ops.tucker_ops.norm_act.default or len(values.users) != 1:
@@ -66,13 +72,18 @@ def _join(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None
     with graph.inserting_before(node):
         weights = [
             None if getattr(conv, name) is None else graph.get_attr(f"{node.target}.{name}")
-            for name in ("u_in", "core", "u_out", "bias")
+            for name in _WEIGHTS
         ]
         geometry = [list(v) for v in (conv.stride, conv.padding, conv.dilation)]
         joined = graph.call_function(norm_act_conv, (*call.args, *weights, *geometry))
     node.replace_all_uses_with(joined)
     for old in (node, values, call):
         graph.erase_node(old)
+
+
+def _holds(module: nn.Module, names: tuple[str, ...]) -> bool:
+    """Are these its own parameters or None, not computed from others, of which a graph would keep the first value?"""
+    return all(name in module._parameters for name in names)
 
 
 def norm_act_conv(
@@ -113,7 +124,7 @@ class _NormActConv(torch.autograd.Function):
             # To be differentiated again, or on tensors that the compiled kernels do not take.
             values = torch.ops.tucker_ops.norm_act(input, weight, bias, eps, slope)[0]
         else:
-            affine = (None if t is None else t.float() for t in (weight, bias))
+            affine = (None if t is None else t.float().contiguous() for t in (weight, bias))
             values = torch.ops.tucker_ops._norm_act_again_cpu(input, mean, rstd, *affine, slope)
         wanted = [below, *need_conv]
         grads = torch.ops.tucker_ops.tucker_conv_backward(
@@ -136,4 +147,4 @@ def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node 
         return None
     (user,) = node.users
     module = modules.get(user.target) if user.op == "call_module" else None
-    return user if isinstance(module, nn.LeakyReLU) and not hooked(module) else None
+    return user if type(module) is nn.LeakyReLU and not hooked(module) else None
