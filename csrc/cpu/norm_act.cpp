@@ -1,4 +1,5 @@
-// tucker_ops::_norm_act_cpu, _norm_act_again_cpu and _norm_act_backward_cpu: InstanceNorm and LeakyReLU of channels-last tensors, for training.
+// tucker_ops::_norm_act_cpu, _norm_act_again_cpu and _norm_act_backward_cpu: InstanceNorm and LeakyReLU of channels-last
+// tensors, for training.
 //
 // Forward reads the input twice and writes once, the gradient reads input and gradient twice and writes once.
 
@@ -116,8 +117,8 @@ void activate(const Shape& s, const NormKernels<T>& kernels, const T* x, const A
 }
 
 template <class T>
-void forward(const Shape& s, const NormKernels<T>& kernels, const T* x, const float* weight, const float* bias, double eps, float slope, T* y, float* mean,
-             float* rstd) {
+void forward(const Shape& s, const NormKernels<T>& kernels, const T* x, const float* weight, const float* bias, double eps,
+             float slope, T* y, float* mean, float* rstd) {
   std::vector<float> means(s.items * s.blocks() * s.channels), squares(means.size());
   for_blocks(s, [&](int64_t n, int64_t first, int64_t last, int64_t block) {
     kernels.statistics(x + (n * s.voxels + first) * s.channels, s.channels, last - first, means.data() + block * s.channels,
@@ -130,8 +131,8 @@ void forward(const Shape& s, const NormKernels<T>& kernels, const T* x, const fl
 // With g' the gradient behind the activation and x̂ the normalised input, both per item: Σ g' and Σ g' x̂, and from them
 // the input's gradient scale · (g' - Σ g' / V - x̂ Σ g' x̂ / V).
 template <class T>
-void backward(const Shape& s, const NormKernels<T>& kernels, const T* grad, const T* x, const float* mean, const float* rstd, const float* weight,
-              const float* bias, float slope, T* grad_x, float* grad_weight, float* grad_bias) {
+void backward(const Shape& s, const NormKernels<T>& kernels, const T* grad, const T* x, const float* mean,
+              const float* rstd, const float* weight, const float* bias, float slope, T* grad_x, float* grad_weight, float* grad_bias) {
   const Affine affine = affine_of(s, mean, rstd, weight, bias);
   std::vector<float> sums(s.items * s.blocks() * s.channels), products(sums.size());
   for_blocks(s, [&](int64_t n, int64_t first, int64_t last, int64_t block) {

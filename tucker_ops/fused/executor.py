@@ -96,8 +96,9 @@ class FusedForward:
     fused: bool = True
 
     def forward(self, input: Tensor):
-        if _may_train(self, input):
-            return _train_form(self).module(input)
+        form = _form_for(self, input)
+        if form is not None:
+            return form(input)
         if not _may_fuse(self, input):
             return super().forward(input)
         fusion = fusion_of(self, _autocast_dtype(input))
@@ -164,9 +165,8 @@ def explain(model: nn.Module, *, device: str | None = None, dtype: torch.dtype |
     used = _kernels(device or parameter.device.type, dtype)
     if not fused.fused:
         used = Verdict(False, "turned off for this network")
-    return Explanation(
-        fusion, used, _chosen(fused, dtype).reason, _trains(fused, device or parameter.device.type)
-    )
+    training = _may_train(fused, device or parameter.device.type) and _train_form(fused).verdict
+    return Explanation(fusion, used, _chosen(fused, dtype).reason, training)
 
 
 def _dtypes_to_come(model: nn.Module) -> tuple[torch.dtype, ...]:
@@ -210,7 +210,8 @@ def _may_fuse(model: nn.Module, input: Tensor) -> bool:
     return not (input.requires_grad or any(p.requires_grad for p in model.parameters()))
 
 
-def _may_train(model: nn.Module, input: Tensor) -> bool:
+def _form_for(model: nn.Module, input: Tensor) -> fx.GraphModule | None:
+    """What runs in the place of the model's own forward in training, if anything."""
     if (
         not model.training
         or not isinstance(input, Tensor)
@@ -218,13 +219,14 @@ def _may_train(model: nn.Module, input: Tensor) -> bool:
         or torch.compiler.is_compiling()
         or _global_forward_hooks
         or _global_forward_pre_hooks
+        or not _may_train(model, input.device.type)
     ):
-        return False
-    return bool(_trains(model, input.device.type))
+        return None
+    return _train_form(model).module
 
 
-def _trains(model: nn.Module, device: str) -> Verdict:
-    """Does the training form apply on this kind of device? With the reason."""
+def _may_train(model: nn.Module, device: str) -> Verdict:
+    """May a training form run on this kind of device, if the network has one? With the reason."""
     if device != "cpu":
         return Verdict(False, f"as it was: its form is made for the CPU, and tensors are on {device}")
     if not model.fused:
@@ -233,7 +235,7 @@ def _trains(model: nn.Module, device: str) -> Verdict:
         return Verdict(False, f"as it was: {FUSE_VARIABLE}=0")
     if not native.load():
         return Verdict(False, f"as it was: {native.load().reason}")
-    return _train_form(model).verdict
+    return Verdict(True, "on the CPU")
 
 
 @dataclass(frozen=True)

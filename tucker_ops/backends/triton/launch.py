@@ -257,28 +257,19 @@ def taps_first(core: Tensor, *, transposed: bool = False) -> Tensor:
     return flat.permute((2, 0, 1) if transposed else (2, 1, 0)).contiguous()
 
 
-def forward(
-    input, u_in, core, u_out, bias, stride, padding, dilation, *, configs: Configs = DEFAULT
-) -> Tensor:
+def forward(input, *call, configs: Configs = DEFAULT) -> Tensor:
     """`tucker_conv` in two launches; the output in the layout of the input."""
-    x = channels_last(input)
-    geometry = Geometry.of(x, core, stride, padding, dilation)
-    t = reduce(x, u_in.contiguous(), configs.reduce)
-    out = convolve(
-        t,
-        taps_first(core),
-        geometry,
-        configs.convolve,
-        u_out=u_out,
-        bias=None if bias is None else bias.contiguous(),
-        out_size=geometry.out_size[3 - (core.dim() - 2) :],
-        layout=memory_format(input),
-    )
-    return out.values
+    return _forward(input, *call, keep=False, configs=configs)[0]
 
 
-def stages(input, u_in, core, u_out, bias, stride, padding, dilation, *, configs: Configs = DEFAULT):
+def stages(input, *call, configs: Configs = DEFAULT) -> tuple[Tensor, Tensor, Tensor]:
     """`forward`, with t and z."""
+    return _forward(input, *call, keep=True, configs=configs)
+
+
+def _forward(
+    input, u_in, core, u_out, bias, stride, padding, dilation, *, keep: bool, configs: Configs
+) -> tuple[Tensor, Tensor, Tensor | None]:
     x = channels_last(input)
     geometry = Geometry.of(x, core, stride, padding, dilation)
     t = reduce(x, u_in.contiguous(), configs.reduce)
@@ -290,7 +281,7 @@ def stages(input, u_in, core, u_out, bias, stride, padding, dilation, *, configs
         u_out=u_out,
         bias=None if bias is None else bias.contiguous(),
         out_size=geometry.out_size[3 - (core.dim() - 2) :],
-        keep=True,
+        keep=keep,
         layout=memory_format(input),
     )
     return out.values, t, out.z
