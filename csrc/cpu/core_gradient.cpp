@@ -1,7 +1,8 @@
 // tucker_ops::_core_gradient_cpu: the gradient of a core's weights, Σ over voxels of grad · tᵀ for every tap, in fp32.
 //
-// A row of output voxels is multiplied by the row of t that a tap reads, sums in registers. Rows are dealt out in shares of
-// their own weights, whose number depends on the problem alone: the result does not depend on the number of threads.
+// Each row of t is copied once into a buffer with the padding around it, and multiplied there by every row of grad that it
+// meets, the taps along the row at once, sums in registers. Rows are dealt out in shares of their own weights, whose number
+// depends on the problem alone: the result does not depend on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <vector>
 
 #include "training.h"
@@ -49,6 +51,11 @@ Three extents(const Tensor& x) {
   return three(size, 1);
 }
 
+// The output position whose tap reads the padded position `at`, or -1.
+int64_t met(int64_t at, int64_t stride, int64_t out) {
+  return at < 0 || at % stride != 0 || at / stride >= out ? -1 : at / stride;
+}
+
 Tensor core_gradient(Tensor grad, Tensor t, std::vector<int64_t> kernel, std::vector<int64_t> stride,
                      std::vector<int64_t> padding, std::vector<int64_t> dilation) {
   const Three out = extents(grad), in = extents(t);
@@ -60,40 +67,44 @@ Tensor core_gradient(Tensor grad, Tensor t, std::vector<int64_t> kernel, std::ve
            out[axis] == (in[axis] + 2 * p[axis] - d[axis] * (k[axis] - 1) - 1) / s[axis] + 1;
   }
   STD_TORCH_CHECK(fits, kOp, ": grad does not have the extents that this convolution of t has");
-  STD_TORCH_CHECK(rank_in % 8 == 0, kOp, ": takes ranks_in in multiples of 8, got ", rank_in);
-
-  const int64_t taps = k[0] * k[1] * k[2], weights = taps * rank_out * rank_in;
-  const int64_t rows = items * out[0] * out[1];
+  const TrainingKernels& kernels = training_kernels();
+  const int64_t padded = (rank_in + kernels.lanes - 1) / kernels.lanes * kernels.lanes, pitch = k[2] * padded;
+  const int64_t weights = k[0] * k[1] * rank_out * pitch, rows = items * in[0] * in[1];
   const int64_t shares =
       std::max<int64_t>(1, std::min({kMostShares, kMostBytes / std::max<int64_t>(1, 4 * weights), rows}));
+  // Of the buffer: the first voxel that grad's row meets lies at 0.
+  const int64_t length = out[2] > 0 ? (out[2] - 1) * s[2] + (k[2] - 1) * d[2] + 1 : 0;
+  const int64_t begins = std::min(p[2], length), copied = std::min(in[2], length - begins);
+  std::vector<int64_t> columns;
+  for (int64_t tap = 0; tap < k[2]; ++tap)
+    for (int64_t j = 0; j < padded; j += kernels.lanes) columns.push_back(tap * d[2] * padded + j);
   std::vector<float> sums(shares * weights, 0.0f);
   const auto* const g = static_cast<const float*>(grad.const_data_ptr());
   const auto* const x = static_cast<const float*>(t.const_data_ptr());
-  const TrainingKernels& kernels = training_kernels();
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(length * padded, 0.0f);
     for (int64_t share = begin; share < end; ++share) {
       float* const to = sums.data() + share * weights;
       for (int64_t row = share * rows / shares; row < (share + 1) * rows / shares; ++row) {
-        const int64_t oh = row % out[1], od = row / out[1] % out[0], n = row / (out[0] * out[1]);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t kw = tap % k[2], kh = tap / k[2] % k[1], kd = tap / (k[1] * k[2]);
-          const int64_t id = od * s[0] - p[0] + kd * d[0], ih = oh * s[1] - p[1] + kh * d[1];
-          if (id < 0 || id >= in[0] || ih < 0 || ih >= in[1]) continue;
-          // Output voxels whose input lies inside: 0 <= ow · stride + offset < width.
-          const int64_t offset = kw * d[2] - p[2];
-          const int64_t first = offset >= 0 ? 0 : (-offset + s[2] - 1) / s[2];
-          const int64_t room = in[2] - offset;
-          const int64_t last = room <= 0 ? 0 : std::min(out[2], (room - 1) / s[2] + 1);
-          if (first >= last) continue;
-          const RowPair pair{g + (row * out[2] + first) * rank_out,
-                             x + (((n * in[0] + id) * in[1] + ih) * in[2] + first * s[2] + offset) * rank_in,
-                             last - first, rank_out, s[2] * rank_in};
-          kernels.outer(pair, rank_out, rank_in, to + tap * rank_out * rank_in);
+        const int64_t ih = row % in[1], id = row / in[1] % in[0], n = row / (in[0] * in[1]);
+        const float* const from = x + row * in[2] * rank_in;
+        for (int64_t v = 0; v < copied; ++v)
+          std::memcpy(buffer.data() + (begins + v) * padded, from + v * rank_in, rank_in * sizeof(float));
+        for (int64_t kd = 0; kd < k[0]; ++kd) {
+          const int64_t od = met(id + p[0] - kd * d[0], s[0], out[0]);
+          if (od < 0) continue;
+          for (int64_t kh = 0; kh < k[1]; ++kh) {
+            const int64_t oh = met(ih + p[1] - kh * d[1], s[1], out[1]);
+            if (oh < 0) continue;
+            kernels.products({g + ((n * out[0] + od) * out[1] + oh) * out[2] * rank_out, rank_out, 1, rank_out, buffer.data(),
+                              s[2] * padded, columns.data(), static_cast<int64_t>(columns.size()), out[2],
+                              to + (kd * k[1] + kh) * rank_out * pitch, pitch, true});
+          }
         }
       }
     }
   });
-  // [taps, R_out, R_in] of every share to [R_out, R_in, taps].
+  // [kd, kh, R_out, kw, R_in] of every share to [R_out, R_in, kd, kh, kw].
   std::vector<int64_t> size{rank_out, rank_in};
   size.insert(size.end(), kernel.begin(), kernel.end());
   Tensor result = torch::stable::new_empty(t, size);
@@ -101,8 +112,13 @@ Tensor core_gradient(Tensor grad, Tensor t, std::vector<int64_t> kernel, std::ve
   for (int64_t share = 1; share < shares; ++share) {
     for (int64_t i = 0; i < weights; ++i) sums[i] += sums[share * weights + i];
   }
-  for (int64_t i = 0; i < rank_out * rank_in; ++i) {
-    for (int64_t tap = 0; tap < taps; ++tap) to[i * taps + tap] = sums[tap * rank_out * rank_in + i];
+  for (int64_t i = 0; i < rank_out; ++i) {
+    for (int64_t j = 0; j < rank_in; ++j) {
+      for (int64_t plane = 0; plane < k[0] * k[1]; ++plane) {
+        const float* const from = sums.data() + (plane * rank_out + i) * pitch + j;
+        for (int64_t tap = 0; tap < k[2]; ++tap) to[((i * rank_in + j) * k[0] * k[1] + plane) * k[2] + tap] = from[tap * padded];
+      }
+    }
   }
   return result;
 }

@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <list>
 #include <mutex>
@@ -32,6 +33,31 @@ struct Buffer {
   int64_t bytes;
 };
 
+// Whole huge pages of their own, not a piece of the heap: there the system would hand out small pages, and to mark those
+// as free and take them again costs a sixth of the time of what is computed into them. Null where there is no memory.
+void* allocate(int64_t bytes) {
+#if defined(__linux__)
+  void* const room = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return nullptr;
+  char* const from = static_cast<char*>(room);
+  const int64_t before = (kHugePage - reinterpret_cast<uintptr_t>(from) % kHugePage) % kHugePage;
+  if (before > 0) munmap(from, before);
+  munmap(from + before + bytes, kHugePage - before);
+  madvise(from + before, bytes, MADV_HUGEPAGE);
+  return from + before;
+#else
+  return std::aligned_alloc(kHugePage, bytes);
+#endif
+}
+
+void release(Buffer buffer) {
+#if defined(__linux__)
+  munmap(buffer.data, buffer.bytes);
+#else
+  std::free(buffer.data);
+#endif
+}
+
 int64_t most_idle_bytes() {
   const char* megabytes = std::getenv("TUCKER_CPU_POOL_MB");
   if (!megabytes || !*megabytes) return kDefaultMegabytes << 20;
@@ -53,15 +79,13 @@ class Pool {
         return found;
       }
     }
-    const Buffer fresh{std::aligned_alloc(kHugePage, bytes), bytes};
-    if (fresh.data) advise_huge_pages(fresh.data, bytes);
-    return fresh;
+    return {allocate(bytes), bytes};
   }
 
   void give_back(Buffer buffer) {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     const int64_t most = most_idle_bytes();
-    if (!lock || buffer.bytes > most) return std::free(buffer.data);
+    if (!lock || buffer.bytes > most) return release(buffer);
 #if defined(__linux__)
     madvise(buffer.data, buffer.bytes, MADV_FREE);
 #endif
@@ -69,7 +93,7 @@ class Pool {
     idle_.push_back(buffer);
     while (bytes_ > most) {
       bytes_ -= idle_.front().bytes;
-      std::free(idle_.front().data);
+      release(idle_.front());
       idle_.pop_front();
     }
   }

@@ -1,4 +1,4 @@
-// Large buffers that tensors between the blocks of a network take turns with.
+// Large buffers that the results of ops take turns with.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,8 +7,8 @@
 
 namespace tucker_ops::cpu {
 
-// An uninitialised tensor [N, C, *spatial], channels-last or contiguous. From 32 MB on its memory comes from the pool, and goes back there
-// with the tensor: to fault in a fresh buffer takes as long as a good part of what is computed into it.
+// An uninitialised tensor [N, C, *spatial], channels-last or contiguous. From 4 MB on its memory comes from the pool, and
+// goes back there with the tensor: to fault in a fresh buffer takes as long as a good part of what is computed into it.
 //
 // Idle buffers are handed to the system as free to take (MADV_FREE), so they cost nothing that another process or tensor
 // needs. At most TUCKER_CPU_POOL_MB of them (1024; 0 turns the pool off) are kept.

@@ -1,4 +1,4 @@
-// The kernels of training.h in vectors of eight floats, for the instructions that this is compiled for.
+// The kernels of training.h, in the vectors of the instructions that this is compiled for.
 
 #include <algorithm>
 #include <cstring>
@@ -8,11 +8,20 @@
 namespace tucker_ops::cpu {
 namespace {
 
-constexpr int64_t kLanes = 8;
-typedef float Floats __attribute__((vector_size(32)));
-typedef int32_t Ints __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+#else
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 #define TUCKER_INLINE static inline __attribute__((always_inline))
 
@@ -50,15 +59,12 @@ TUCKER_INLINE void store_some(T* to, Floats value, int64_t lanes) {
   std::memcpy(to, some, lanes * sizeof(T));
 }
 
-TUCKER_INLINE Floats choose(Ints condition, Floats yes, Floats no) {
-  return reinterpret_cast<Floats>((condition & reinterpret_cast<Ints>(yes)) | (~condition & reinterpret_cast<Ints>(no)));
-}
-TUCKER_INLINE Floats leaky(Floats value, float slope) { return choose(value > 0.0f, value, value * slope); }
+TUCKER_INLINE Floats leaky(Floats value, float slope) { return value > 0.0f ? value : value * slope; }
 
 // Runs body(first channel, lanes) for each vector of channels.
 template <class Body>
 TUCKER_INLINE void for_vectors(int64_t channels, const Body& body) {
-  for (int64_t c = 0; c < channels; c += kLanes) body(c, std::min(kLanes, channels - c));
+  for (int64_t c = 0; c < channels; c += kLanes) body(c, std::min<int64_t>(kLanes, channels - c));
 }
 
 // `read(from)` loads a vector of this many lanes: whole ones at full speed.
@@ -120,7 +126,7 @@ void sums(const T* grad, const T* x, int64_t channels, int64_t voxels, const flo
       Floats total = {}, projected = {};
       for (int64_t v = 0; v < voxels; ++v) {
         const Floats input = read(x + v * channels + c), g = read(grad + v * channels + c);
-        const Floats behind = choose(input * a + b > 0.0f, g, g * slope);
+        const Floats behind = input * a + b > 0.0f ? g : g * slope;
         total += behind;
         projected += behind * (input - middle);
       }
@@ -139,65 +145,119 @@ void gradient(const T* grad, const T* x, int64_t channels, int64_t voxels, const
       const Floats d = read(along + c), e = read(constant + c);
       for (int64_t v = 0; v < voxels; ++v) {
         const Floats input = read(x + v * channels + c), g = read(grad + v * channels + c);
-        const Floats behind = choose(input * a + b > 0.0f, g, g * slope);
+        const Floats behind = input * a + b > 0.0f ? g : g * slope;
         write(grad_x + v * channels + c, behind * a + (input - middle) * d + e);
       }
     });
   });
 }
 
-// MR rows of weights by NV vectors in registers, over all voxels of the row.
-template <int MR, int NV>
-void outer_block(const RowPair& row, int64_t rank_in, float* weights) {
-  Floats total[MR][NV];
-  for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) total[i][j] = load(weights + i * rank_in + j * kLanes);
-  const float *grad = row.grad, *t = row.t;
-  for (int64_t v = 0; v < row.voxels; ++v, grad += row.grad_step, t += row.t_step) {
-    Floats right[NV];
-    for (int j = 0; j < NV; ++j) right[j] = load(t + j * kLanes);
-    for (int i = 0; i < MR; ++i)
-      for (int j = 0; j < NV; ++j) total[i][j] += right[j] * grad[i];
+// MR rows of NV vectors of sums in registers. kAdjacent: left_row is 1.
+template <int MR, int NV, bool kAdjacent>
+void product_block(const Products& p, int64_t row, int64_t vector) {
+  const int64_t left_row = kAdjacent ? 1 : p.left_row;
+  float* const sums = p.sums + row * p.pitch + vector * kLanes;
+  const float *left = p.left + row * left_row, *right[NV];
+  for (int j = 0; j < NV; ++j) right[j] = p.right + p.columns[vector + j];
+  // Rows far apart are voxels on their way through, and so are the columns of sums over voxels; vectors 0 come first.
+  if (!kAdjacent && vector == 0) {
+    const float* const ahead = left + 2 * MR * left_row;
+    for (int64_t line = 0; line < MR * left_row; line += 16) __builtin_prefetch(ahead + line);
   }
+  // Unrolled early, or the compiler keeps the sums in memory.
+  Floats total[MR][NV] = {};
+  for (int64_t k = 0; k < p.depth; ++k, left += p.left_k) {
+    Floats values[NV];
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; ++j) {
+      values[j] = load(right[j] + k * p.right_k);
+      if (kAdjacent && row == 0) __builtin_prefetch(right[j] + (k + 24) * p.right_k);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+      for (int j = 0; j < NV; ++j) total[i][j] += values[j] * left[i * left_row];
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) store(weights + i * rank_in + j * kLanes, total[i][j]);
+#pragma GCC unroll 16
+    for (int j = 0; j < NV; ++j) {
+      float* const to = sums + i * p.pitch + j * kLanes;
+      store(to, p.add ? load(to) + total[i][j] : total[i][j]);
+    }
+}
+
+template <int MR, int NV>
+void product_rows(const Products& p, int64_t rows, int64_t row, int64_t vector) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return product_rows<MR - 1, NV>(p, rows, row, vector);
+  }
+  return p.left_row == 1 ? product_block<MR, NV, true>(p, row, vector) : product_block<MR, NV, false>(p, row, vector);
 }
 
 template <int NV>
-void outer_rows(const RowPair& row, int64_t rows, int64_t rank_in, float* weights) {
-  switch (rows) {
-    case 6: return outer_block<6, NV>(row, rank_in, weights);
-    case 5: return outer_block<5, NV>(row, rank_in, weights);
-    case 4: return outer_block<4, NV>(row, rank_in, weights);
-    case 3: return outer_block<3, NV>(row, rank_in, weights);
-    case 2: return outer_block<2, NV>(row, rank_in, weights);
-    default: return outer_block<1, NV>(row, rank_in, weights);
+void product_vectors(const Products& p, int64_t vector) {
+  // Sums, a vector of each column, and one register for the broadcast; more than eight rows far apart take too many pointers.
+  constexpr int kRows = std::min((kRegisters - NV - 1) / NV, 16);
+  const int64_t most = p.left_row == 1 ? kRows : std::min(kRows, 8);
+  const int64_t blocks = (p.rows + most - 1) / most;
+  for (int64_t block = 0, row = 0; block < blocks; ++block) {
+    const int64_t rows = p.rows / blocks + (block < p.rows % blocks);
+    product_rows<kRows, NV>(p, rows, row, vector);
+    row += rows;
   }
 }
 
-void outer(const RowPair& row, int64_t rank_out, int64_t rank_in, float* weights) {
-  const int64_t blocks = (rank_out + 5) / 6;
-  for (int64_t j = 0; j < rank_in; j += 2 * kLanes) {
-    for (int64_t block = 0, i = 0; block < blocks; ++block) {
-      const int64_t rows = rank_out / blocks + (block < rank_out % blocks);
-      const RowPair part{row.grad + i, row.t + j, row.voxels, row.grad_step, row.t_step};
-      float* const to = weights + i * rank_in + j;
-      if (j + 2 * kLanes <= rank_in) {
-        outer_rows<2>(part, rows, rank_in, to);
-      } else {
-        outer_rows<1>(part, rows, rank_in, to);
-      }
-      i += rows;
+void products(const Products& p) {
+  const int64_t groups = (p.vectors + 2) / 3;
+  for (int64_t group = 0, vector = 0; group < groups; ++group) {
+    const int64_t vectors = p.vectors / groups + (group < p.vectors % groups);
+    switch (vectors) {
+      case 3: product_vectors<3>(p, vector); break;
+      case 2: product_vectors<2>(p, vector); break;
+      default: product_vectors<1>(p, vector);
     }
+    vector += vectors;
   }
+}
+
+void add_rows(const float* x, int64_t pitch, int64_t channels, int64_t rows, float* sums) {
+  for_vectors(channels, [&](int64_t c, int64_t lanes) {
+    with_lanes(lanes, [&](auto read, auto write) {
+      Floats even = {}, odd = {};
+      int64_t row = 0;
+      for (; row + 1 < rows; row += 2) {
+        even += read(x + row * pitch + c);
+        odd += read(x + (row + 1) * pitch + c);
+      }
+      if (row < rows) even += read(x + row * pitch + c);
+      write(sums + c, read(sums + c) + (even + odd));
+    });
+  });
+}
+
+void widen(const uint16_t* from, int64_t count, float* to) {
+  for_vectors(count, [&](int64_t i, int64_t lanes) {
+    with_lanes(lanes, [&](auto read, auto write) { write(to + i, read(from + i)); });
+  });
+}
+
+void narrow(const float* from, int64_t count, uint16_t* to) {
+  for_vectors(count, [&](int64_t i, int64_t lanes) {
+    with_lanes(lanes, [&](auto read, auto write) { write(to + i, read(from + i)); });
+  });
 }
 
 }  // namespace
 
 const TrainingKernels TUCKER_TRAINING = {
+    kLanes,
     {statistics<float>, apply<float>, sums<float>, gradient<float>},
     {statistics<uint16_t>, apply<uint16_t>, sums<uint16_t>, gradient<uint16_t>},
-    outer,
+    products,
+    add_rows,
+    widen,
+    narrow,
 };
 
 }  // namespace tucker_ops::cpu

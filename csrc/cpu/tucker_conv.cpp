@@ -7,8 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "execute.h"
+#include "pool.h"
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -50,7 +50,6 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
   }
   set_geometry(g, kOp, in, kernel, stride, padding, dilation);
 
-  const MemoryFormat channels_last = ndim == 2 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
   const Strides x_strides = strides_of(input, ndim);
   // The same rule as memory_format in ops/reference.py.
   auto dense_as_channels_last = [&] {
@@ -63,10 +62,8 @@ Tensor tucker_conv(const Tensor& input, const Tensor& u_in, const Tensor& core, 
     return g.batch == 1 || x_strides.batch == expected;
   };
   const bool as_channels_last = !input.is_contiguous() && dense_as_channels_last();
-  Tensor output = torch::stable::empty(output_size(g, ndim), dtype, std::nullopt, std::nullopt, std::nullopt,
-                                       as_channels_last ? channels_last : MemoryFormat::Contiguous);
+  Tensor output = pooled_empty(output_size(g, ndim), dtype, as_channels_last);
   if (output.numel() == 0) return output;
-  advise_huge_pages(output.mutable_data_ptr(), output.numel() * (dtype == ScalarType::Float ? 4 : 2));
 
   Source& source = pass.sources[0];
   source.x = input.const_data_ptr();

@@ -18,21 +18,20 @@ from tucker_ops.ops.reference import memory_format
 LONG_ROW, FEW_PAIRS = 20, 2048
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[N, C, *spatial] as [N, V, C], without a copy of contiguous and of channels-last tensors."""
-    if not x.is_contiguous() and memory_format(x) == torch.contiguous_format:
-        x = x.contiguous()
-    return x.flatten(2).transpose(1, 2)
+def _dense(x: Tensor) -> Tensor:
+    """`x` contiguous or channels-last; a copy only of what is neither."""
+    return x.contiguous(memory_format=memory_format(x))
 
 
-def _volume(rows: Tensor, size) -> Tensor:
-    """The way back: [N, V, C] contiguous as a channels-last [N, C, *size]."""
-    return rows.transpose(1, 2).unflatten(2, tuple(size))
+def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """matrix [A, C] · x [N, C, *spatial] + bias, channels-last."""
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.tucker_ops._pointwise_cpu(_dense(x), matrix.contiguous(), bias)
 
 
-def _weights(a: Tensor, b: Tensor) -> Tensor:
-    """Σ over voxels and items of a · bᵀ; a [N, V, A], b [N, V, B]."""
-    return torch.bmm(a.transpose(1, 2), b).sum(0)
+def _pointwise_gradient(grad: Tensor, x: Tensor, matrix: Tensor, *needed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, matrix and bias, as far as needed."""
+    return torch.ops.tucker_ops._pointwise_gradient_cpu(_dense(grad), _dense(x), matrix.contiguous(), *needed)
 
 
 def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
@@ -58,14 +57,6 @@ def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
     return values
 
 
-def _pointwise(x: Tensor, matrix: Tensor) -> Tensor:
-    """matrix [A, C] · x [N, C, *spatial], channels-last."""
-    if memory_format(x) == torch.contiguous_format:
-        return _volume(_rows(x) @ matrix.T, x.shape[2:])
-    ones, zeros = [1] * (x.dim() - 2), [0] * (x.dim() - 2)
-    return _core(x, matrix.reshape(*matrix.shape, *ones), ones, zeros, ones)
-
-
 def _core_gradient(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
     ones = [1] * len(stride)
     spread = [d * (k - 1) - p for d, k, p in zip(dilation, core.shape[2:], padding, strict=True)]
@@ -79,7 +70,7 @@ def _core_gradient(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilat
 
 def _core_weights(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
     kernel, last = list(core.shape[2:]), block_memory_format(len(stride), False)
-    ours = grad.shape[-1] >= LONG_ROW and grad.shape[1] * t.shape[1] <= FEW_PAIRS and t.shape[1] % 8 == 0
+    ours = grad.shape[-1] >= LONG_ROW and grad.shape[1] * t.shape[1] <= FEW_PAIRS
     if grad.dtype == torch.float32 and ours:
         grad, t = (x.contiguous(memory_format=last) for x in (grad, t))
         return torch.ops.tucker_ops._core_gradient_cpu(grad, t, kernel, stride, padding, dilation)
@@ -99,12 +90,9 @@ def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def stages(input, u_in, core, u_out, bias, stride, padding, dilation) -> tuple[Tensor, Tensor, Tensor]:
     dtype, layout = input.dtype, memory_format(input)
     x, u_in, core, u_out, bias = _wide(input, u_in, core, u_out, bias)
-    t = _volume(_rows(x) @ u_in.T, x.shape[2:])
+    t = _pointwise(x, u_in)
     z = _core(t, core, stride, padding, dilation)
-    rows = _rows(z) @ u_out.T
-    if bias is not None:
-        rows += bias
-    values = _volume(rows, z.shape[2:]).to(dtype)
+    values = _pointwise(z, u_out, bias).to(dtype)
     return values.contiguous(memory_format=layout), t.to(dtype), z.to(dtype)
 
 
@@ -115,27 +103,26 @@ def run(
     need_input, need_in, need_core, need_out, need_bias = mask
     below_core = need_input or need_in
     grad, input, u_in, core, u_out, t, z = _wide(grad, input, u_in, core, u_out, t, z)
-    size = input.shape[2:]
-    g, x = _rows(grad), _rows(input)
     grads: list[Tensor | None] = [None] * 5
     if (need_core or need_out) and t is None:
         t = _pointwise(input, u_in)
+    if need_out and z is None:
+        z = _core(t, core, stride, padding, dilation)
+    below = need_core or below_core
     if need_out:
-        z = _core(t, core, stride, padding, dilation) if z is None else z
-        grads[3] = _weights(g, _rows(z))
-    if need_core or below_core:
-        grad_z = _pointwise(grad, u_out.T)
+        grad_z, grads[3], grads[4] = _pointwise_gradient(grad, z, u_out, below, need_out, need_bias)
+    else:
+        grad_z = _pointwise(grad, u_out.T) if below else None
+        grads[4] = grad.sum((0, *range(2, grad.dim()))) if need_bias else None
     if need_core:
         grads[2] = _core_weights(grad_z, t, core, stride, padding, dilation)
     if below_core:
-        like = grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *size) if t is None else t
+        like = (
+            grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *input.shape[2:]) if t is None else t
+        )
         grad_t = _core_gradient(grad_z, like, core, stride, padding, dilation)
         if need_in:
-            grads[1] = _weights(_rows(grad_t), x)
-        if need_input and memory_format(input) == torch.contiguous_format:
-            grads[0] = (u_in.T @ grad_t.flatten(2)).unflatten(2, tuple(size))
-        elif need_input:
+            grads[0], grads[1], _ = _pointwise_gradient(grad_t, input, u_in, need_input, need_in, False)
+        else:
             grads[0] = _pointwise(grad_t, u_in.T)
-    if need_bias:
-        grads[4] = g.sum((0, 1))
     return tuple(None if value is None else value.to(dtype) for value in grads)

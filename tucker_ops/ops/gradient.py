@@ -39,9 +39,21 @@ LIBRARY.define(
 )
 
 
-# The core's part alone, float32, channels-last: grad [N, R_out, *output], t [N, R_in, *spatial], R_in a multiple of 8.
+# The core's part alone, float32, channels-last: grad [N, R_out, *output], t [N, R_in, *spatial].
 LIBRARY.define(
     "_core_gradient_cpu(Tensor grad, Tensor t, int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+# matrix · x + bias at every voxel, channels-last, and its gradient: float32 and bfloat16; x and grad [N, C, *spatial],
+# contiguous or channels-last; matrix [A, C]. The gradient of x comes in the layout of x; what is not needed is empty.
+LIBRARY.define(
+    "_pointwise_cpu(Tensor x, Tensor matrix, Tensor? bias=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.define(
+    "_pointwise_gradient_cpu(Tensor grad, Tensor x, Tensor matrix, bool need_x, bool need_matrix, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -133,6 +145,26 @@ def _(input, u_in, core, u_out, bias, stride, padding, dilation, *, backend=None
 @torch.library.register_fake("tucker_ops::_core_gradient_cpu", lib=LIBRARY)
 def _(grad, t, kernel, stride, padding, dilation):
     return t.new_empty(grad.shape[1], t.shape[1], *kernel)
+
+
+@torch.library.register_fake("tucker_ops::_pointwise_cpu", lib=LIBRARY)
+def _(x, matrix, bias=None):
+    last = block_memory_format(x.dim() - 2, False)
+    size = (x.shape[0], matrix.shape[0], *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=last)
+
+
+@torch.library.register_fake("tucker_ops::_pointwise_gradient_cpu", lib=LIBRARY)
+def _(grad, x, matrix, need_x, need_matrix, need_bias):
+    like = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x)),
+        matrix.new_empty(matrix.shape),
+        matrix.new_empty(matrix.shape[0]),
+    )
+    return tuple(
+        tensor if needed else x.new_empty(0)
+        for tensor, needed in zip(like, (need_x, need_matrix, need_bias), strict=True)
+    )
 
 
 def _backward(ctx, grad, *_):

@@ -1,0 +1,2 @@
+#define TUCKER_TRAINING training_avx512
+#include "training.inl"
