@@ -25,6 +25,8 @@ constexpr const char* kOp = "tucker_ops::_core_gradient_cpu";
 // Weights of all shares together, and shares.
 constexpr int64_t kMostBytes = 16 * 1024 * 1024;
 constexpr int64_t kMostShares = 16;
+// Of a share: fewer would take less time than to add up its weights.
+constexpr int64_t kFewestVoxels = 64;
 
 using Three = std::array<int64_t, 3>;
 
@@ -70,8 +72,8 @@ Tensor core_gradient(Tensor grad, Tensor t, std::vector<int64_t> kernel, std::ve
   const TrainingKernels& kernels = training_kernels();
   const int64_t padded = (rank_in + kernels.lanes - 1) / kernels.lanes * kernels.lanes, pitch = k[2] * padded;
   const int64_t weights = k[0] * k[1] * rank_out * pitch, rows = items * in[0] * in[1];
-  const int64_t shares =
-      std::max<int64_t>(1, std::min({kMostShares, kMostBytes / std::max<int64_t>(1, 4 * weights), rows}));
+  const int64_t shares = std::max<int64_t>(
+      1, std::min({kMostShares, kMostBytes / std::max<int64_t>(1, 4 * weights), rows, rows * out[2] / kFewestVoxels}));
   // Of the buffer: the first voxel that grad's row meets lies at 0.
   const int64_t length = out[2] > 0 ? (out[2] - 1) * s[2] + (k[2] - 1) * d[2] + 1 : 0;
   const int64_t begins = std::min(p[2], length), copied = std::min(in[2], length - begins);

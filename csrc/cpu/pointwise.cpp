@@ -24,8 +24,9 @@ using torch::stable::Tensor;
 namespace tucker_ops::cpu {
 namespace {
 
-// Floats of a block's tensors together, and shares of sums.
+// Floats of a block's tensors together, and voxels, of which fewer would read and write more sums than they add to.
 constexpr int64_t kBlockFloats = 32 * 1024;
+constexpr int64_t kFewestVoxels = 64, kMostVoxels = 1024;
 constexpr int64_t kMostShares = 16;
 
 struct Layout {
@@ -115,7 +116,7 @@ class Voxels {
       if constexpr (std::is_same_v<T, float>) {
         if (direct()) return {from, channels};
       }
-      for (int64_t v = 0; v < count; ++v) convert(kernels_, from + v * channels, channels, room_.data() + v * pitch_);
+      rows(from, channels, room_.data(), pitch_, count);
     } else {
       const T* const from = base + item * channels * layout_.voxels + first;
       if constexpr (std::is_same_v<T, float>) {
@@ -141,7 +142,7 @@ class Voxels {
     const int64_t channels = layout_.channels;
     if (layout_.last) {
       T* const to = base + (item * layout_.voxels + first) * channels;
-      for (int64_t v = 0; v < count; ++v) convert(kernels_, room_.data() + v * pitch_, channels, to + v * channels);
+      rows(room_.data(), pitch_, to, channels, count);
     } else {
       T* const to = base + item * channels * layout_.voxels + first;
       if constexpr (std::is_same_v<T, float>) {
@@ -154,6 +155,12 @@ class Voxels {
   }
 
  private:
+  template <class From, class To>
+  void rows(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t count) {
+    if (from_pitch == to_pitch) return convert(kernels_, from, count * from_pitch, to);
+    for (int64_t v = 0; v < count; ++v) convert(kernels_, from + v * from_pitch, layout_.channels, to + v * to_pitch);
+  }
+
   bool direct() const { return std::is_same_v<T, float> && layout_.last && pitch_ == layout_.channels; }
 
   const TrainingKernels& kernels_;
@@ -178,7 +185,7 @@ struct Cut {
   int64_t most, per_item, blocks;
 
   Cut(const Layout& layout, int64_t floats_per_voxel)
-      : most(std::clamp<int64_t>(kBlockFloats / std::max<int64_t>(1, floats_per_voxel) / 16 * 16, 16, 1024)),
+      : most(std::clamp(kBlockFloats / std::max<int64_t>(1, floats_per_voxel) / 16 * 16, kFewestVoxels, kMostVoxels)),
         per_item((layout.voxels + most - 1) / most),
         blocks(layout.items * per_item) {}
 

@@ -159,7 +159,9 @@ void product_block(const Products& p, int64_t row, int64_t vector) {
   float* const sums = p.sums + row * p.pitch + vector * kLanes;
   const float *left = p.left + row * left_row, *right[NV];
   for (int j = 0; j < NV; ++j) right[j] = p.right + p.columns[vector + j];
-  // Rows far apart are voxels on their way through, and so are the columns of sums over voxels; vectors 0 come first.
+  // Rows far apart are voxels on their way through, and so are the columns of sums over voxels, unless those are added to
+  // sums that are there: then they come from a buffer.
+  const bool ahead_in_k = kAdjacent && row == 0 && !p.add;
   if (!kAdjacent && vector == 0) {
     const float* const ahead = left + 2 * MR * left_row;
     for (int64_t line = 0; line < MR * left_row; line += 16) __builtin_prefetch(ahead + line);
@@ -171,7 +173,7 @@ void product_block(const Products& p, int64_t row, int64_t vector) {
 #pragma GCC unroll 16
     for (int j = 0; j < NV; ++j) {
       values[j] = load(right[j] + k * p.right_k);
-      if (kAdjacent && row == 0) __builtin_prefetch(right[j] + (k + 24) * p.right_k);
+      if (ahead_in_k) __builtin_prefetch(right[j] + (k + 24) * p.right_k);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i)

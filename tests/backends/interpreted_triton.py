@@ -6,14 +6,21 @@ The interpreter has to be asked for before Triton is imported, and cannot be lef
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
+import triton
+from triton.runtime.errors import OutOfResources
 
 import tucker_ops
 from tests.ops import test_gradient, test_tucker_block
 from tests.ops.problems import Case, random_cases, reference, relative_rms, tolerance
+from tucker_ops.backends import tuned
+from tucker_ops.backends.triton import launch, tuning
+from tucker_ops.backends.triton.config import CANDIDATES, DEFAULT, Config, Configs
+from tucker_ops.errors import BackendError
+from tucker_ops.nn import TuckerConv3d
 from tucker_ops.ops.reference import memory_format
 
 # The interpreter takes a millisecond an operation: many taps or voxels would take minutes and show nothing else.
@@ -126,3 +133,116 @@ def test_what_it_cannot_do_is_said():
     with pytest.raises(tucker_ops.errors.BackendError, match="float64"):
         tucker_ops.explain(replace(problem, rank_in=16, dtype=torch.float64), backend="triton")
     assert "interpreter is for tests" in str(tucker_ops.explain(replace(problem, rank_in=16)))
+
+
+class Clock:
+    """Runs each call once, and says the microseconds that the test has for the configuration at its turn."""
+
+    def __init__(self, times):
+        self.times = iter(times)
+
+    def __call__(self, call):
+        call()
+        return next(self.times)
+
+
+def layer():
+    return TuckerConv3d(8, 6, (1, 1, 3), (4, 5), padding=(0, 0, 1)).problem((1, 8, 2, 3, 4))
+
+
+@pytest.mark.parametrize("faster", [0.5, 0.99])
+def test_tuning_takes_what_is_faster_by_more_than_noise(faster):
+    counts = {field.name: 1 + len(CANDIDATES[field.name]) for field in fields(Configs)}
+    times = [t for count in counts.values() for t in [*[100.0] * (count - 1), 100.0 * faster]]
+    found = tuning.tune(layer(), timer=Clock(times), target="cpu")
+    assert {name: len(kernel) for name, kernel in found.times.items()} == counts
+    last = Configs(*(CANDIDATES[field.name][-1] for field in fields(Configs)))
+    assert found.best == (last if faster == 0.5 else DEFAULT)
+
+
+def test_what_the_card_has_no_room_for_is_left_out(monkeypatch):
+    start = launch.launch
+    without = CANDIDATES["convolve"][0]
+
+    def little(kernel, grid, arguments, constants, config):
+        if kernel is launch.convolve_rows and config == without:
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        start(kernel, grid, arguments, constants, config)
+
+    monkeypatch.setattr(launch, "launch", little)
+    found = tuning.tune(layer(), timer=Clock([1.0] * 50), target="cpu")
+    assert without not in found.times["convolve"]
+    assert len(found.times["convolve"]) == len(CANDIDATES["convolve"])
+
+
+def test_a_configuration_that_is_wrong_is_never_timed(monkeypatch):
+    run = launch.forward
+
+    def wrong(*args, configs=DEFAULT):
+        return run(*args, configs=configs) * (1 if configs == DEFAULT else 1.5)
+
+    monkeypatch.setattr(launch, "forward", wrong)
+    with pytest.raises(BackendError, match="off by 5"):
+        tuning.tune(layer(), timer=Clock([1.0] * 50), target="cpu")
+
+
+class Elsewhere:
+    """A tensor on a card that is not here, as far as a table is asked."""
+
+    is_cuda, dtype = True, torch.float16
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *shape):
+        self.shape = torch.Size(shape)
+
+
+def test_a_table_is_read_where_it_was_written(monkeypatch, tmp_path):
+    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A card, 80GB")
+    problem = replace(layer(), dtype=torch.float16)
+    best = Configs(Config(64, 32, 2, 4), Config(256, 32, 8, 3), Config(32, 64, 4, 4))
+    path = tuning.save([tuning.TritonTuning(problem, {}, best)], False, {"card": "A card, 80GB"})
+    # Another version of Triton makes other code of the same configuration.
+    assert triton.__version__ in path and str(tmp_path) in path
+    core, ones = torch.empty(5, 4, 1, 1, 3), (1, 1, 1)
+    call = (core, 6, ones, (0, 0, 1), ones)
+    assert tuning.configs_of([Elsewhere(1, 8, 2, 3, 4)], *call) == best
+    assert tuning.configs_of([Elsewhere(1, 3, 2, 3, 4), Elsewhere(1, 5, 2, 3, 4)], *call) == best
+    assert tuning.configs_of([Elsewhere(2, 8, 2, 3, 4)], *call) == DEFAULT
+    assert tuning.configs_of([torch.empty(1, 8, 2, 3, 4)], *call) == DEFAULT
+    open(path, "w").write('{"problems": {"x": [1, 2]}}')
+    tuning._table.cache_clear()
+    with pytest.raises(BackendError, match="delete it"):
+        tuning.configs_of([Elsewhere(1, 8, 2, 3, 4)], *call)
+    tuning._table.cache_clear()
+
+
+def test_every_call_takes_its_configuration_from_the_table(monkeypatch):
+    """Forward, stages, gradient and block, with a configuration of which the launches show that it was taken."""
+    mine = Configs(Config(16, 16, 2, 2), Config(32, 16, 2, 2), Config(16, 16, 1, 2))
+    seen, start = set(), launch.launch
+
+    def watch(kernel, grid, arguments, constants, config):
+        seen.add(config)
+        start(kernel, grid, arguments, constants, config)
+
+    monkeypatch.setattr(tuning, "configs_of", lambda *_: mine)
+    monkeypatch.setattr(launch, "launch", watch)
+    case = Case(0, 1, (8, 4, 5, 6), (2, 3, 4), (3, 3, 3), (1,) * 3, (1,) * 3, (1,) * 3, True, "contiguous")
+    x, *weights = case.tensors(torch.float32)
+    geometry = [list(g) for g in case.geometry]
+    ops = torch.ops.tucker_ops
+    out = ops.tucker_conv(x, *weights, *geometry, backend="triton")
+    assert seen == {mine.reduce, mine.convolve}
+    ops.tucker_conv_stages(x, *weights, *geometry, backend="triton")
+    assert seen == {mine.reduce, mine.convolve}
+    ops.tucker_conv_backward(out, x, *weights[:3], *geometry, [True] * 5, backend="triton")
+    assert seen == {mine.reduce, mine.convolve, mine.outer}
+    seen.clear()
+    u_in, core, u_out, bias = weights
+    none = [None]
+    ops.tucker_block(
+        [x], none, none, none, [1.0], [u_in], None, core, *geometry, u_out, bias, "none", False, False,
+        backend="triton",
+    )  # fmt: skip
+    assert seen == {mine.reduce, mine.convolve}

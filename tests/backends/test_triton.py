@@ -159,6 +159,41 @@ def test_compiles_for(precision, capability, monkeypatch, tmp_path):
         assert result.metadata.shared <= SHARED_BYTES, f"{name} {constants}: {result.metadata.shared}"
 
 
+@pytest.mark.slow
+def test_what_tuning_tries_compiles(monkeypatch, tmp_path):
+    """For the least card, on a layer of 32 channels and rank 16."""
+    from tucker_ops.backends.triton import launch
+    from tucker_ops.backends.triton.config import CANDIDATES, DEFAULT
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    recorder = Recorder()
+    monkeypatch.setattr(launch, "launch", recorder)
+    x = torch.empty(1, 32, 8, 8, 8, dtype=torch.float16).contiguous(memory_format=torch.channels_last_3d)
+    u_in, core, u_out = (x.new_empty(size) for size in ((16, 32), (16, 16, 3, 3, 3), (32, 16)))
+    geometry = [[1] * 3] * 3
+    for kernel, candidates in CANDIDATES.items():
+        assert getattr(DEFAULT, kernel) not in candidates
+        for candidate in candidates:
+            configs = replace(DEFAULT, **{kernel: candidate})
+            launch.forward(x, u_in, core, u_out, None, *geometry, configs=configs)
+            if kernel == "outer":
+                launch.backward(x, x, u_in, core, u_out, *geometry, [True] * 5, configs=configs)
+    tried = {config for candidates in CANDIDATES.values() for config in candidates}
+    # Of the sums, those of the core's weights, which read t through every tap.
+    launches = {
+        key: kernel
+        for key, kernel in recorder.launches.items()
+        if key[-1] in tried and (key[0] != "outer_rows" or dict(key[2])["KERNEL_D"] == 3)
+    }
+    assert {config for *_, config in launches} == tried
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            key: pool.submit(compiled, kernel, *key[1:], CAPABILITIES[0]) for key, kernel in launches.items()
+        }
+    for key, job in jobs.items():
+        assert job.result().asm["cubin"] and job.result().metadata.shared <= SHARED_BYTES, key
+
+
 def test_not_available_without_a_gpu_and_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

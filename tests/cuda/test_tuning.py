@@ -90,8 +90,10 @@ def test_tuning_without_a_gpu_says_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     tuning = pytest.importorskip("tucker_ops.nnunet.tuning")
-    with pytest.raises(BackendError, match="nothing to tune"):
-        tuning.problems_of(tmp_path)
+    assert tuning.backend_to_tune() == "cuda"
+    for backend in ("cuda", "triton"):
+        with pytest.raises(BackendError, match="nothing to tune"):
+            tuning.problems_of(tmp_path, backend=backend)
 
 
 def test_nothing_takes_kernels_unasked_on_a_card_they_have_not_passed_on(monkeypatch):

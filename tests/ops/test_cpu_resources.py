@@ -58,7 +58,7 @@ def test_time_at_32ch_64_cubed():
     """At most 1.2 times three F.conv3d, both in their better layout, least of interleaved repetitions."""
     if not native.load():
         pytest.skip(native.load().reason)
-    if native.isa() not in ("avx2", "avx512"):
+    if not native.isa().startswith(("avx2", "avx512", "amx")):
         pytest.skip(f"the {native.isa()} kernels are a fallback, not a competitor")
     module = TuckerConv3d(32, 32, 3, (16, 16), padding=1).requires_grad_(False)
     calls = {"tucker": [], "three": []}

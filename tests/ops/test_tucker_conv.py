@@ -115,7 +115,9 @@ def test_equals_a_dense_convolution_at_full_rank():
 def test_unbatched_input_as_in_torch():
     x, u_in, core, u_out, bias = SMALL.tensors(torch.float32)
     whole = tucker_ops.tucker_conv(x, u_in, core, u_out, bias, padding=1)
-    torch.testing.assert_close(tucker_ops.tucker_conv(x[0], u_in, core, u_out, bias, padding=1), whole[0])
+    # By another core algorithm, perhaps: which is chosen depends on the batch.
+    alone = tucker_ops.tucker_conv(x[0], u_in, core, u_out, bias, padding=1)
+    assert relative_rms(alone, whole[0].double()) <= tolerance(torch.float32, alone.numel())
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

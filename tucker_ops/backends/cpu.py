@@ -18,11 +18,13 @@ MOST_SOURCES = 4
 # The most lanes of any vector: sources that lie side by side start at multiples of it.
 SIDE_BY_SIDE = 16
 
-# Limits of the kinds of problem on which the kernel measured slower than three torch convolutions.
+# Limits of the kinds of problem on which the kernel measured slower than three torch convolutions: output voxels and
+# weights of the core, and channels.
 FEW_VOXELS, LARGE_CORE = 256, 300_000
 MANY_CHANNELS = 256
-# Outputs over which reading and packing the weights anew would not matter.
-MANY_VOXELS = 4096
+# And its gradient: multiplications; of bfloat16 voxels and ranks, and multiplications where the voxels are fewer.
+FEW_MACS = 1_000_000
+MANY_VOXELS, FULL_VECTOR, MOST_BFLOAT16_MACS = 4096, 16, 10_000_000
 
 
 def _supports(problem: Problem) -> Verdict:
@@ -66,16 +68,11 @@ def _environment_is_known() -> Verdict:
 def _prefers(problem: Problem | BlockProblem) -> Verdict:
     if isinstance(problem, BlockProblem):
         return Verdict(True, "what a block folds in pays")
-    # What `python -m bench.survey` measured against three torch convolutions on a processor with AVX2.
-    isa = native.isa()
-    if isa.startswith(("avx512", "amx")) and problem.dtype == torch.float32:
-        return _prefers_untimed(problem)
-    if isa != "avx2":
-        return Verdict(False, f"timed against three torch convolutions with avx2 only, not with {isa}")
-    if problem.dtype == torch.bfloat16:
-        return Verdict(
-            True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)"
-        )
+    # What `python -m bench.survey` measured against three torch convolutions: with AVX2 and, on a Zen 5, AVX-512.
+    if not _timed(problem):
+        return _untimed(problem)
+    if problem.dtype == torch.bfloat16 and native.isa() == "avx2":
+        return _torch_lacks_bfloat16()
     voxels = problem.batch * math.prod(problem.output_size)
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
     wide = max(problem.kernel_size) > 3 or problem.ndim == 2
@@ -86,30 +83,67 @@ def _prefers(problem: Problem | BlockProblem) -> Verdict:
             "too few to share out among threads, or most taps lie outside",
         )
     if (
-        problem.layout != "channels_last"
+        native.isa() == "avx2"
+        and problem.layout != "channels_last"
         and math.prod(problem.kernel_size) == math.prod(problem.stride) == 1
         and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS
     ):
         return Verdict(
             False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
         )
-    return Verdict(True, "measures faster than three torch convolutions on this kind of problem (AVX2)")
-
-
-def _prefers_untimed(problem: Problem) -> Verdict:
-    """On AVX-512, where the kernel has not been timed: only what saves most of the arithmetic."""
-    m, _, _ = native.tiles(problem)
-    voxels = problem.batch * math.prod(problem.output_size)
-    if m == 4 and voxels >= MANY_VOXELS:
-        return Verdict(
-            True,
-            "Winograd needs a quarter of the multiplications of torch's core convolution; not timed on AVX-512 yet",
-        )
     return Verdict(
-        False,
-        "not timed on AVX-512 yet; taken there in float32 only where Winograd F(4×4, 3×3) applies, "
-        f"from {MANY_VOXELS} output voxels on",
+        True, f"measures faster than three torch convolutions on this kind of problem ({native.isa()})"
     )
+
+
+def _prefers_gradient(problem: Problem) -> Verdict:
+    # As above, by `python -m bench.survey --gradient`.
+    if not _timed(problem):
+        return _untimed(problem)
+    spec = (problem.kernel_size, problem.stride, problem.dilation, problem.input_size)
+    if native.isa() != "avx2" and cpu_derivative.onednn_errs(*spec):
+        return Verdict(True, "torch's gradient of such a kernel's weights is wrong with AVX-512")
+    if problem.dtype == torch.bfloat16 and native.isa() == "avx2":
+        return _torch_lacks_bfloat16()
+    voxels = problem.batch * math.prod(problem.output_size)
+    macs = problem.batch * (
+        math.prod(problem.input_size) * problem.rank_in * problem.in_channels
+    ) + voxels * problem.rank_out * (problem.rank_in * math.prod(problem.kernel_size) + problem.out_channels)
+    if problem.dtype == torch.bfloat16:
+        many = voxels >= MANY_VOXELS
+        if min(problem.rank_in, problem.rank_out) >= FULL_VECTOR if many else macs <= MOST_BFLOAT16_MACS:
+            return Verdict(
+                True, f"measures no slower than torch's bfloat16 on this kind of problem ({native.isa()})"
+            )
+        return Verdict(
+            False,
+            f"bfloat16 of {voxels:,} voxels, ranks {problem.rank_in} and {problem.rank_out}: torch's own measures "
+            "faster",
+        )
+    if voxels < FEW_VOXELS or macs < FEW_MACS:
+        return Verdict(
+            False,
+            f"{macs:,} multiplications for {voxels} output voxels (limits {FEW_MACS:,} and {FEW_VOXELS}): as many "
+            "calls as torch's, and little to save",
+        )
+    return Verdict(True, f"measures faster than the gradients of three torch convolutions ({native.isa()})")
+
+
+def _timed(problem: Problem) -> bool:
+    isa = native.isa()
+    if problem.dtype == torch.bfloat16:
+        return isa in ("avx2", "avx512_bf16")
+    # The others of AVX-512 compute float32 with the same kernels.
+    return isa == "avx2" or isa.startswith(("avx512", "amx"))
+
+
+def _untimed(problem: Problem) -> Verdict:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return Verdict(False, f"{dtype} has not been timed against torch with the {native.isa()} kernels")
+
+
+def _torch_lacks_bfloat16() -> Verdict:
+    return Verdict(True, "torch convolves bfloat16 a hundred times slower without bf16 instructions (AVX2)")
 
 
 def _describe(problem: Problem) -> str:
@@ -164,6 +198,9 @@ CPU = Backend(
     supports_block=_supports_block,
     run_block=_run_block,
     derivative=Derivative(
-        supports=_supports_gradient, prefers=_prefers, run=cpu_derivative.run, stages=cpu_derivative.stages
+        supports=_supports_gradient,
+        prefers=_prefers_gradient,
+        run=cpu_derivative.run,
+        stages=cpu_derivative.stages,
     ),
 )

@@ -7,6 +7,8 @@ the flipped core, run in the one-pass kernels (Winograd where that applies); the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,10 @@ from tucker_ops.backends import native
 from tucker_ops.ops.block import block_memory_format
 from tucker_ops.ops.reference import memory_format
 
-# Where our kernel for the core's weights measured faster than oneDNN's (AVX2): output voxels in a row, R_in · R_out.
-LONG_ROW, FEW_PAIRS = 20, 2048
+# Where our kernel for the core's weights measured as fast as oneDNN's or faster: output voxels in a row, R_in · R_out.
+# In 2D, and in 3D with AVX-512; with AVX2 everywhere in 3D.
+LONG_ROW_2D, FEW_PAIRS_2D = 64, 2048
+LONG_ROW_AVX512, FEW_PAIRS_AVX512 = 32, 1024
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -29,7 +33,9 @@ def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.tucker_ops._pointwise_cpu(_dense(x), matrix.contiguous(), bias)
 
 
-def _pointwise_gradient(grad: Tensor, x: Tensor, matrix: Tensor, *needed: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _pointwise_gradient(
+    grad: Tensor, x: Tensor, matrix: Tensor, *needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, matrix and bias, as far as needed."""
     return torch.ops.tucker_ops._pointwise_gradient_cpu(_dense(grad), _dense(x), matrix.contiguous(), *needed)
 
@@ -68,11 +74,30 @@ def _core_gradient(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilat
     )[0]
 
 
+def onednn_errs(kernel, stride, dilation, size) -> bool:
+    """Is this a convolution of whose weights torch 2.13's oneDNN computes a wrong gradient, or writes past its memory?
+
+    With AVX-512 it does where a kernel reaches further than the input, and for one tap at a stride.
+    """
+    reaches = any(d * (k - 1) + 1 > n for k, d, n in zip(kernel, dilation, size, strict=True))
+    return reaches or (math.prod(kernel) == 1 and max(stride) > 1)
+
+
+def _ours_is_faster(grad: Tensor, t: Tensor) -> bool:
+    row, pairs = grad.shape[-1], grad.shape[1] * t.shape[1]
+    if t.dim() == 4:
+        return row >= LONG_ROW_2D or pairs <= FEW_PAIRS_2D
+    if not native.isa().startswith(("avx512", "amx")):
+        return True
+    # Of a single item torch makes one thread's work, or none of oneDNN's.
+    return t.shape[0] == 1 or row >= LONG_ROW_AVX512 or pairs <= FEW_PAIRS_AVX512
+
+
 def _core_weights(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
     kernel, last = list(core.shape[2:]), block_memory_format(len(stride), False)
-    ours = grad.shape[-1] >= LONG_ROW and grad.shape[1] * t.shape[1] <= FEW_PAIRS
-    if grad.dtype == torch.float32 and ours:
-        grad, t = (x.contiguous(memory_format=last) for x in (grad, t))
+    ours = grad.dtype == torch.float32 and _ours_is_faster(grad, t)
+    if ours or onednn_errs(kernel, stride, dilation, t.shape[2:]):
+        grad, t = (x.float().contiguous(memory_format=last) for x in (grad, t))
         return torch.ops.tucker_ops._core_gradient_cpu(grad, t, kernel, stride, padding, dilation)
     core, zeros = core.contiguous(memory_format=last), [0] * len(stride)
     return torch.ops.aten.convolution_backward(
@@ -117,9 +142,7 @@ def run(
     if need_core:
         grads[2] = _core_weights(grad_z, t, core, stride, padding, dilation)
     if below_core:
-        like = (
-            grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *input.shape[2:]) if t is None else t
-        )
+        like = grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *input.shape[2:]) if t is None else t
         grad_t = _core_gradient(grad_z, like, core, stride, padding, dilation)
         if need_in:
             grads[0], grads[1], _ = _pointwise_gradient(grad_t, input, u_in, need_input, need_in, False)

@@ -1,7 +1,8 @@
 """Choices that were timed, kept as data: a table shipped for each architecture, and one for the user's own card.
 
 A table is JSON, {"problems": {key: [one_pass, form, chunk]}}, the key made by `key_of`. The user's table, which
-`tucker-ops tune` writes, goes before the shipped one; where neither has the problem, the cost model decides.
+`tucker-ops tune` writes, goes before the shipped one; where neither has the problem, the cost model decides. Triton's
+tables hold its configurations instead, and lie in a folder for each version of Triton.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ def cache_folder() -> Path:
     return Path(named) if named else base / "tucker_ops"
 
 
-def table_path(device_name: str) -> Path:
-    """The user's table for a card of this name."""
+def table_path(device_name: str, compiler: str = "") -> Path:
+    """The user's table for a card of this name, and for what `compiler` makes of the kernels where that is not ours."""
     safe = "".join(c if c.isalnum() else "_" for c in device_name)
-    return cache_folder() / "tuned" / f"{safe}.json"
+    return cache_folder() / "tuned" / compiler / f"{safe}.json"
 
 
 def key_of(
@@ -55,14 +56,18 @@ def kind_of(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else str(dtype).removeprefix("torch.")
 
 
-def read(path: Path) -> dict[str, list[int]]:
-    """A table's problems; empty where there is none. BackendError for a file that is no table."""
+def read(path: Path, entries: int = 3) -> dict[str, list[int]]:
+    """A table's problems, with so many integers each; empty where there is none.
+
+    Raises BackendError for a file that is no such table.
+    """
     try:
         problems = json.loads(path.read_text())["problems"]
         if not all(
-            isinstance(v, list) and len(v) == 3 and all(type(n) is int for n in v) for v in problems.values()
+            isinstance(v, list) and len(v) == entries and all(type(n) is int for n in v)
+            for v in problems.values()
         ):
-            raise ValueError("entries must be three integers")
+            raise ValueError(f"entries must be {entries} integers")
         return problems
     except FileNotFoundError:
         return {}

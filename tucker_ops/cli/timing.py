@@ -58,20 +58,29 @@ def tune(
     fold: FoldOption = None,
     checkpoint: CheckpointOption = "checkpoint_final.pth",
     trust_checkpoint: TrustOption = False,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Whose kernels: cuda or triton.", show_default="cuda where it runs, else triton"),
+    ] = None,
 ) -> None:
-    """Time the CUDA kernels' choices for a model's layers on this card, and remember the best of each.
+    """Time the GPU kernels' choices for a model's layers on this card, and remember the best of each.
 
-    The table lies in ~/.cache/tucker_ops (TUCKER_CACHE names another folder); delete it to go back to the cost model.
+    The table lies in ~/.cache/tucker_ops (TUCKER_CACHE names another folder); delete it to go back to what is shipped.
 
     Example: tucker-ops tune hippocampus_half
     """
     from rich.progress import track
 
-    from tucker_ops.nnunet.tables import tuning_table
-    from tucker_ops.nnunet.tuning import problems_of, save_tunings, tune_here
+    from tucker_ops.nnunet.tables import triton_tuning_table, tuning_table
+    from tucker_ops.nnunet.tuning import backend_to_tune, problems_of, save_tunings, tune_here
 
-    problems = problems_of(model, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint)
+    if backend not in (None, "cuda", "triton"):
+        raise ConfigError(
+            f"--backend is {backend!r}: the kernels that can be tuned are those of cuda and triton"
+        )
+    backend = backend or backend_to_tune()
+    problems = problems_of(model, folds=fold, checkpoint=checkpoint, trust=trust_checkpoint, backend=backend)
     show = console(stderr=True)
-    tunings = [tune_here(p) for p in track(problems, description="Timing layers", console=show)]
-    console().print(tuning_table(tunings))
-    console().print(f"written to {save_tunings(tunings)}")
+    tunings = [tune_here(p, backend) for p in track(problems, description="Timing layers", console=show)]
+    console().print((triton_tuning_table if backend == "triton" else tuning_table)(tunings))
+    console().print(f"written to {save_tunings(tunings, backend)}")

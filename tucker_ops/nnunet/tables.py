@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -14,7 +15,10 @@ from tucker_ops.backends.autotune import Tuning
 from tucker_ops.convert import Plan
 from tucker_ops.nnunet.explain import LayerExplanation
 from tucker_ops.nnunet.manifest import Manifest
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Problem
+
+if TYPE_CHECKING:
+    from tucker_ops.backends.triton.tuning import TritonTuning
 
 WEAKEST = 3
 
@@ -115,10 +119,33 @@ def tuning_table(tunings: Sequence[Tuning]) -> Table:
     for name in ("stages µs", "model µs", "best µs", "best"):
         table.add_column(name, justify="right")
     for tuning in tunings:
-        problem, (one_pass, form, chunk) = tuning.problem, tuning.best
-        size = "×".join(map(str, problem.input_size))
-        what = f"{problem.in_channels}→{problem.out_channels} r{problem.rank_in},{problem.rank_out} @{size}"
+        one_pass, form, chunk = tuning.best
         how = f"one pass {form}/{chunk}" if one_pass else "stages"
         times = (tuning.times[0, 0, 0], tuning.times[tuning.modelled], tuning.times[tuning.best])
-        table.add_row(what, *(f"{time:.1f}" for time in times), how)
+        table.add_row(_layer(tuning.problem), *(f"{time:.1f}" for time in times), how)
     return table
+
+
+def triton_tuning_table(tunings: Sequence[TritonTuning]) -> Table:
+    """One row per problem: forward and gradient in the shipped configurations and in the best, in microseconds."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("layer")
+    for name in ("forward µs", "best µs", "gradient µs", "best µs"):
+        table.add_column(name, justify="right")
+    for tuning in tunings:
+        # The first kernel was timed with the defaults around it, the second with the best of the first.
+        forward, best = tuning.times["reduce"], tuning.times["convolve"]
+        gradient = tuning.times["outer"]
+        times = (
+            next(iter(forward.values())),
+            best[tuning.best.convolve],
+            next(iter(gradient.values())),
+            gradient[tuning.best.outer],
+        )
+        table.add_row(_layer(tuning.problem), *(f"{time:.1f}" for time in times))
+    return table
+
+
+def _layer(problem: Problem) -> str:
+    size = "×".join(map(str, problem.input_size))
+    return f"{problem.in_channels}→{problem.out_channels} r{problem.rank_in},{problem.rank_out} @{size}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from tucker_ops.nnunet.explain import convolution_calls
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, read_model_folder
 from tucker_ops.types import Problem
 
+if TYPE_CHECKING:
+    from tucker_ops.backends.triton.tuning import TritonTuning
+
 
 def problems_of(
     model_dir: str | Path,
@@ -23,13 +27,14 @@ def problems_of(
     folds: Sequence[Fold] | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     trust: bool = False,
+    backend: str = "cuda",
 ) -> list[Problem]:
     """The different problems among a model's factorised layers, in float16 as nnU-Net predicts on a GPU.
 
-    Raises BackendError where no GPU runs the kernels, ConfigError for a model without factorised layers, and the errors
-    of `read_model_folder`.
+    Raises BackendError where no GPU runs the kernels of `backend`, ConfigError for a model without factorised layers,
+    and the errors of `read_model_folder`.
     """
-    available = tucker_ops.backends()["cuda"]
+    available = tucker_ops.backends()[backend]
     if not available:
         raise BackendError(f"there is nothing to tune: {available.reason}")
     folder = read_model_folder(model_dir, folds=folds, checkpoint=checkpoint, trust=trust)
@@ -45,16 +50,29 @@ def problems_of(
     return list(problems)
 
 
-def tune_here(problem: Problem) -> autotune.Tuning:
+def backend_to_tune() -> str:
+    """Which kernels a card's calls would run: CUDA's where they are compiled for it, else Triton's."""
+    return "triton" if tucker_ops.backends()["triton"] and not tucker_ops.backends()["cuda"] else "cuda"
+
+
+def tune_here(problem: Problem, backend: str = "cuda") -> autotune.Tuning | TritonTuning:
     """On torch's current GPU."""
+    if backend == "triton":
+        from tucker_ops.backends.triton import tuning
+
+        return tuning.tune(problem)
     return autotune.tune(problem, cuda.device_of(torch.cuda.current_device()))
 
 
-def save_tunings(tunings: Sequence[autotune.Tuning]) -> str:
+def save_tunings(tunings: Sequence[autotune.Tuning | TritonTuning], backend: str = "cuda") -> str:
     """Adds them to the card's table; returns its path."""
     notes = {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tucker_ops": tucker_ops.__version__,
     }
+    if backend == "triton":
+        from tucker_ops.backends.triton import tuning
+
+        return tuning.save(tunings, False, notes)
     return autotune.save(tunings, False, notes)

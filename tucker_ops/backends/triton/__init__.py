@@ -110,10 +110,34 @@ def _supports_block(problem: BlockProblem) -> Verdict:
     return _supports(problem)
 
 
-def _launches():
-    from tucker_ops.backends.triton import launch
+def _run(input, u_in, core, u_out, bias, *geometry):
+    from tucker_ops.backends.triton import launch, tuning
 
-    return launch
+    configs = tuning.configs_of([input], core, u_out.shape[0], *geometry)
+    return launch.forward(input, u_in, core, u_out, bias, *geometry, configs=configs)
+
+
+def _run_stages(input, u_in, core, u_out, bias, *geometry):
+    from tucker_ops.backends.triton import launch, tuning
+
+    configs = tuning.configs_of([input], core, u_out.shape[0], *geometry)
+    return launch.stages(input, u_in, core, u_out, bias, *geometry, configs=configs)
+
+
+def _run_backward(grad, input, u_in, core, u_out, stride, padding, dilation, *rest):
+    from tucker_ops.backends.triton import launch, tuning
+
+    configs = tuning.configs_of([input], core, u_out.shape[0], stride, padding, dilation)
+    return launch.backward(grad, input, u_in, core, u_out, stride, padding, dilation, *rest, configs=configs)
+
+
+def _run_block(sources, *rest):
+    from tucker_ops.backends.triton import launch, tuning
+
+    core, stride, padding, dilation, u_out = rest[6:11]
+    out_channels = core.shape[0] if u_out is None else u_out.shape[0]
+    configs = tuning.configs_of(sources, core, out_channels, stride, padding, dilation)
+    return launch.block(sources, *rest, configs=configs)
 
 
 TRITON = Backend(
@@ -123,14 +147,14 @@ TRITON = Backend(
     available=_available,
     supports=_supports,
     prefers=_prefers,
-    run=lambda *args: _launches().forward(*args),
+    run=_run,
     describe=lambda problem: "two launches: input ranks, then core and output ranks",
     supports_block=_supports_block,
-    run_block=lambda *args: _launches().block(*args),
+    run_block=_run_block,
     derivative=Derivative(
         supports=_supports,
         prefers=_prefers,
-        run=lambda *args: _launches().backward(*args),
-        stages=lambda *args: _launches().stages(*args),
+        run=_run_backward,
+        stages=_run_stages,
     ),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
 
 # Fewer do not make a matrix product on tensor cores.
 LEAST_BLOCK = 16
@@ -29,9 +30,34 @@ class Configs:
     outer: Config = Config(64, 64, 4, 3)
 
 
-# None has been timed: no card could be reached. They keep accumulators in registers and three stages of loads within
-# the shared memory of every card from compute capability 8.0 on (tests/backends/test_triton.py compiles them for four).
+# None has been timed here: no card could be reached. They keep accumulators in registers and three stages of loads
+# within the shared memory of every card from compute capability 8.0 on (tests/backends/test_triton.py compiles them
+# for four).
 DEFAULT = Configs()
+
+
+# What `tune` tries in the place of the default, kernel by kernel; one that a card has no room for is left out there.
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "reduce": (Config(64, 64, 4, 3), Config(128, 32, 4, 4), Config(64, 32, 2, 4), Config(256, 64, 8, 3)),
+    "convolve": (
+        Config(64, 32, 4, 3),
+        Config(64, 64, 4, 3),
+        Config(128, 32, 4, 2),
+        Config(128, 32, 8, 3),
+        Config(256, 32, 8, 3),
+    ),
+    "outer": (Config(32, 64, 4, 4), Config(128, 64, 4, 2), Config(64, 64, 8, 3)),
+}
+
+
+def as_integers(configs: Configs) -> list[int]:
+    """As a table of tuned choices holds them: four integers a kernel, in the order of the fields."""
+    return [number for kernel in fields(configs) for number in astuple(getattr(configs, kernel.name))]
+
+
+def from_integers(values: Sequence[int]) -> Configs:
+    """The way back."""
+    return Configs(*(Config(*values[i : i + 4]) for i in range(0, len(values), 4)))
 
 
 def block_of(count: int, most: int) -> int:
@@ -44,4 +70,4 @@ def block_of(count: int, most: int) -> int:
 
 def rows_of(config: Config, columns: int) -> int:
     """Rows of a block whose accumulator has `columns`: those of the config, or what registers allow."""
-    return max(LEAST_BLOCK, min(config.rows, MOST_ACCUMULATORS // columns))
+    return max(LEAST_BLOCK, min(config.rows, MOST_ACCUMULATORS * config.warps // 4 // columns))
