@@ -57,7 +57,7 @@ emulate: $(READY)
 
 # On a machine with an NVIDIA GPU, nvcc, and a $(PYTHON) that has torch, numpy, cmake, ninja, setuptools and pytest: builds the
 # package in place for the cards found, tests it there, and times it. Without internet, a virtual environment, root or nnU-Net.
-# The parts, which run alone as well (those of the timing are ceilings, op, block and network):
+# The parts, which run alone as well (those of the timing are ceilings, op, gradient, block and network):
 #   make gpu-build
 #   make gpu-test        or  $(PYTHON) -m pytest -q tests/cuda/test_on_gpu.py
 #   make gpu-bench       or  $(PYTHON) -m bench.gpu --part op

@@ -15,11 +15,11 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import tucker_ops
-from bench.gpu import blocks, clock, networks, ops, output, turns
+from bench.gpu import blocks, clock, gradients, networks, ops, output, turns
 from bench.gpu.__main__ import PARTS, conclude, main, run_part
 from bench.gpu.ceilings import float32_by
 from bench.gpu.clock import Clock
-from bench.gpu.problems import TARGETS, op_cases
+from bench.gpu.problems import TARGETS, gradient_cases, op_cases
 from bench.gpu.provenance import provenance
 from bench.gpu.turns import FAILED, OURS, Peer, Settings
 from bench.gpu.unet import PlainConvUNet
@@ -71,6 +71,30 @@ def test_every_layer_and_peer_of_the_op(settings, monkeypatch):
         assert 0 < row["relative_rms"] <= row["gate"]
         assert row["q1_us"] <= row["median_us"] <= row["q3_us"] and row["dense_ratio"] > 0
     assert {row["case"] for row in rows if row["targets"]} == {"stage0"}
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_every_peer_of_the_gradient(kind, settings, monkeypatch):
+    # Not smaller: see `onednn_errs`.
+    cases = [replace(c, problem=replace(c.problem, dtype_name=kind), kind=kind) for c in gradient_cases(16)]
+    assert [str(case.problem) for case in gradient_cases()] == ["32→32 3³ @128³ r16", "64→64 3³ @64³ r32"]
+    monkeypatch.setattr(gradients, "gradient_cases", lambda shrink: cases)
+    rows = list(PARTS["gradient"](settings))
+    assert len(rows) == len(cases) * 6
+    for row in rows:
+        assert row["status"] == MEASURED, row
+        assert 0 < row["relative_rms"] <= row["gate"] and row["three_ratio"] > 0
+    lines = output.summary(output.with_floors(rows, None, {}))
+    assert sum("tucker_conv" in line for line in lines) == len(cases)
+
+
+def test_a_gradient_that_is_wrong_is_refused(settings, monkeypatch):
+    real = gradients._ours
+    monkeypatch.setattr(
+        gradients, "_ours", lambda *args: (lambda *t: 1.01 * real(*args)[0](*t), real(*args)[1])
+    )
+    rows = list(PARTS["gradient"](settings))
+    assert {row["peer"] for row in rows if row["status"] == REFUSED} == {"tucker_conv"}
 
 
 def test_the_layers_are_those_asked_for():

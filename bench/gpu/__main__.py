@@ -1,4 +1,4 @@
-"""`python -m bench.gpu`: time op, block and network on an NVIDIA GPU, and print one table.
+"""`python -m bench.gpu`: time op, gradient, block and network on an NVIDIA GPU, and print one table.
 
 Every part runs in a process of its own with a time limit: one that crashes or hangs costs its own rows only.
 """
@@ -22,6 +22,7 @@ import torch
 from bench.gpu import output
 from bench.gpu.blocks import measure_blocks
 from bench.gpu.ceilings import measure_ceilings
+from bench.gpu.gradients import measure_gradients
 from bench.gpu.networks import measure_networks
 from bench.gpu.ops import measure_ops
 from bench.gpu.provenance import provenance, smi
@@ -34,11 +35,12 @@ LATEST = Path(__file__).resolve().parents[1] / "results" / "latest_gpu"
 PARTS: dict[str, Callable[[Settings], Iterator[dict]]] = {
     "ceilings": measure_ceilings,
     "op": measure_ops,
+    "gradient": measure_gradients,
     "block": measure_blocks,
     "network": measure_networks,
 }
 # Seconds; a part begins nothing new after its limit, and is ended so much later.
-LIMITS = {"ceilings": 30, "op": 110, "block": 45, "network": 120}
+LIMITS = {"ceilings": 30, "op": 110, "gradient": 40, "block": 45, "network": 120}
 GRACE = 20
 STANDARD_ERROR = 2
 # Marks rows of a case that had not been measured to its end; they count where nothing came after them.

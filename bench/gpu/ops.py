@@ -12,7 +12,7 @@ from torch import Tensor
 import tucker_ops
 from bench.gpu.ceilings import float32_by
 from bench.gpu.clock import Call, Clock
-from bench.gpu.problems import GATES, TF32, OpCase, op_cases
+from bench.gpu.problems import GATES, TF32, TRITON_TARGETS, OpCase, op_cases
 from bench.gpu.turns import (
     COMPILED,
     DENSE,
@@ -93,7 +93,9 @@ def peers_of(
     last = SHORT["channels_last"]
     if operands.input.is_cuda and tucker_ops.backends()["triton"]:
         call = functools.partial(_ours, operands, "channels_last", "triton")
-        peers.append(Peer("tucker_conv, Triton", last, "", call, error_of, shown=True))
+        kind = str(operands.problem.dtype).removeprefix("torch.")
+        asked = TRITON_TARGETS.get((operands.problem.name, kind), {})
+        peers.append(Peer("tucker_conv, Triton", last, "", call, error_of, shown=True, targets=asked))
     for name, group, make in (
         ("one convolution", DENSE, _dense),
         ("three convolutions", THREE_CONVS, _three),

@@ -10,6 +10,8 @@ from bench.problems import CPU_FULL, BenchProblem
 # Relative RMS against float64 on the same rounded operands.
 GATES = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 2e-5, "tf32": 1e-3}
 TF32 = "tf32"
+# The same of gradients, each of which is a product of rounded intermediates.
+GRADIENT_GATES = {"float16": 2e-3, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ LAYERS = (
     "stage0_128", "stage1_128", "stage2_128", "stage3_128", "stage4_128", "down1_128", "decoder0_128",
 )  # fmt: skip
 OTHER_KINDS = ("bfloat16", TF32, "float32")
+
+
+# What is asked of Triton's kernels, forward and with the gradient.
+TRITON_TARGETS = {
+    ("stage0_128", "float16"): {"three": 1.5},
+    ("stage1_128", "float16"): {"three": 1.5},
+}
+
+
+def gradient_cases(shrink: int = 1) -> tuple[OpCase, ...]:
+    """The layers that something is asked of, with what is asked."""
+    return tuple(
+        replace(case, targets=TRITON_TARGETS[case.problem.name, case.kind])
+        for case in op_cases(shrink)
+        if (case.problem.name, case.kind) in TRITON_TARGETS
+    )
 
 
 def op_cases(shrink: int = 1) -> tuple[OpCase, ...]:
