@@ -15,7 +15,8 @@ from tests.ops.test_gradient import LIMITS, saved_bytes
 from tucker_ops import fuse
 from tucker_ops.backends import native
 from tucker_ops.fused import executor, explain
-from tucker_ops.fused.training import norm_act_conv
+from tucker_ops.fused.training import norm_act_conv, pointwise_conv, tucker_conv_transpose
+from tucker_ops.nn import TuckerConvTranspose3d
 
 norm_act = torch.ops.tucker_ops.norm_act
 
@@ -74,6 +75,59 @@ def test_gradcheck_of_norm_and_convolution_first_and_second_order():
 
     assert torch.autograd.gradcheck(call, tensors)
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+def test_pointwise_convolution_first_and_second_order(last, dtype):
+    """Against torch in float64, gradients of gradients included, which the kernels do not compute."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((2, 5, 3, 4, 6), (7, 5, 1, 1, 1), (7,))
+    )
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+
+    def results(convolution, *tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = convolution(*tensors)
+        first = torch.autograd.grad(out.square().sum(), tensors, retain_graph=True)
+        grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+        return out, *first, *grads, *second
+
+    ours = results(pointwise_conv, x, weight, bias)
+    exact = results(nn.functional.conv3d, *(t.double() for t in (x, weight, bias)))
+    assert pointwise_conv(x, weight, bias).is_contiguous(memory_format=torch.channels_last_3d)
+    for i, (found, wanted) in enumerate(zip(ours, exact, strict=True)):
+        assert found.dtype == dtype and found.shape == wanted.shape
+        # Of bfloat16 each step of the second order is rounded, as torch's is.
+        assert relative_rms(found, wanted) <= LIMITS[dtype] * (1 if i < 7 else 3)
+
+
+def test_convolutions_of_one_tap_and_transposed_ones_are_taken():
+    network, _ = made("plain", True)
+    form = executor._train_form(fuse(network).train()).module
+    taken = [node.target for node in form.graph.nodes]
+    heads = [m for m in network.modules() if isinstance(m, nn.Conv3d) and set(m.kernel_size) == {1}]
+    transposed = [m for m in network.modules() if isinstance(m, TuckerConvTranspose3d)]
+    # Without deep supervision the last head alone runs.
+    assert taken.count(pointwise_conv) == 1
+    assert taken.count(tucker_conv_transpose) == len(transposed) > 0
+    heads[-1].register_forward_hook(lambda *_: None)
+    form = executor._train_form(fuse(copy.deepcopy(network)).train()).module
+    assert [node.target for node in form.graph.nodes].count(pointwise_conv) == 0
+
+
+def test_transposed_tucker_convolution_matches_its_module():
+    generator = torch.Generator().manual_seed(0)
+    module = TuckerConvTranspose3d(6, 5, (1, 2, 2), (3, 4), stride=(1, 2, 2))
+    x = torch.randn((2, 6, 3, 4, 5), generator=generator)
+    exact = copy.deepcopy(module).double()(x.double())
+    weights = (module.u_in, module.core, module.u_out, module.bias)
+    geometry = (module.stride, module.padding, module.output_padding, module.dilation)
+    assert relative_rms(tucker_conv_transpose(x, *weights, *geometry), exact) <= 2e-5
 
 
 def test_frozen_parts_get_no_gradient():

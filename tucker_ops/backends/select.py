@@ -281,6 +281,15 @@ def norm_act_kernels(input: Tensor) -> Verdict:
     return CPU.available()
 
 
+def pointwise_kernels(input: Tensor) -> Verdict:
+    """Do the compiled kernels compute products at every voxel of tensors like this? With the reason."""
+    if input.device.type != "cpu":
+        return Verdict(False, f"compiled for the CPU, and tensors are on {input.device.type}")
+    if input.dtype not in (torch.float32, torch.bfloat16):
+        return Verdict(False, f"computes float32 and bfloat16, not {str(input.dtype).removeprefix('torch.')}")
+    return CPU.available()
+
+
 def _norm_act(input, weight, bias, eps, slope):
     norm_act.check_norm_act(input, weight, bias)
     if norm_act_kernels(input):

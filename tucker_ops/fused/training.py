@@ -1,7 +1,7 @@
 """The training form of a network: its own modules, with norm and activation as one op and activations channels-last.
 
-The convolutions stay the modules they were, hooks and all; what changes is what lies between them on the CPU, where
-torch spends more time than in the convolutions of a compressed network.
+What changes is what lies between the convolutions on the CPU, where torch spends more time than in the convolutions of
+a compressed network, and convolutions of one tap, which are products at every voxel.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import operator
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from tucker_ops.backends.select import norm_act_kernels
+from tucker_ops.backends.select import norm_act_kernels, pointwise_kernels
 from tucker_ops.fused.graphs import computes_statistics, has_own_forward, hooked
-from tucker_ops.nn import TuckerConv2d, TuckerConv3d
+from tucker_ops.nn import TuckerConv2d, TuckerConv3d, TuckerConvTranspose2d, TuckerConvTranspose3d
+from tucker_ops.ops.reference import memory_format
 
 _WEIGHTS = ("u_in", "core", "u_out", "bias")
 
@@ -53,6 +55,7 @@ def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
         replaced += 1
     for node in list(graph.nodes):
         _join(node, modules, graph)
+        _take_pointwise(node, modules, graph)
     module = fx.GraphModule(model, graph)
     module.graph.lint()
     return module, replaced
@@ -79,6 +82,34 @@ def _join(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None
     node.replace_all_uses_with(joined)
     for old in (node, values, call):
         graph.erase_node(old)
+
+
+def _take_pointwise(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None:
+    """Convolutions of one tap, and the two around a transposed core, as `pointwise_conv`."""
+    conv = modules.get(node.target) if node.op == "call_module" else None
+    if isinstance(conv, nn.Conv2d | nn.Conv3d):
+        dim = len(conv.kernel_size)
+        geometry = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+        names, arguments = ("weight", "bias"), ()
+        if geometry != ((1,) * dim, (1,) * dim, (0,) * dim, 1):
+            return
+    elif isinstance(conv, TuckerConvTranspose2d | TuckerConvTranspose3d):
+        names = _WEIGHTS
+        arguments = (conv.stride, conv.padding, conv.output_padding, conv.dilation)
+    else:
+        return
+    if hooked(conv) or not has_own_forward(conv) or not _holds(conv, names):
+        return
+    with graph.inserting_before(node):
+        weights = [
+            None if getattr(conv, name) is None else graph.get_attr(f"{node.target}.{name}") for name in names
+        ]
+        function = tucker_conv_transpose if arguments else pointwise_conv
+        value = graph.call_function(
+            function, (node.args[0], *weights, *(list(values) for values in arguments))
+        )
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
 
 
 def _holds(module: nn.Module, names: tuple[str, ...]) -> bool:
@@ -139,6 +170,66 @@ class _NormActConv(torch.autograd.Function):
             )
             of_norm = [g if needed else None for g, needed in zip(found, mask, strict=True)]
         return *of_norm, None, None, *of_conv, None, None, None
+
+
+def pointwise_conv(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution of one tap; weight [A, C] or [A, C, 1, …]. Channels-last where our kernels compute it."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+        with torch.autocast("cpu", enabled=False):
+            return _pointwise(input, weight, bias)
+    return _pointwise(input, weight, bias)
+
+
+def _pointwise(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if pointwise_kernels(input) and weight.dtype == input.dtype:
+        return _Pointwise.apply(input, weight, bias)
+    conv = F.conv2d if input.dim() == 4 else F.conv3d
+    return conv(input, weight.reshape(*weight.shape[:2], *(1,) * (input.dim() - 2)), bias)
+
+
+class _Pointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias):
+        ctx.save_for_backward(input, weight)
+        bias = None if bias is None else bias.contiguous()
+        return torch.ops.tucker_ops._pointwise_cpu(_dense(input), weight.flatten(1).contiguous(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad)
+        matrix = weight.flatten(1)
+        if torch.is_grad_enabled():
+            # To be differentiated again.
+            grads = (
+                torch.einsum("ac,na...->nc...", matrix, grad),
+                torch.einsum("nav,ncv->ac", grad.flatten(2), input.flatten(2)),
+                grad.flatten(2).sum((0, 2)),
+            )
+        else:
+            grads = torch.ops.tucker_ops._pointwise_gradient_cpu(
+                _dense(grad), _dense(input), matrix.contiguous(), *needed
+            )
+        shapes = (input.shape, weight.shape, (weight.shape[0],))
+        return tuple(
+            g.reshape(shape) if need else None for g, shape, need in zip(grads, shapes, needed, strict=True)
+        )
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def tucker_conv_transpose(
+    input: Tensor, u_in, core, u_out, bias, stride, padding, output_padding, dilation
+) -> Tensor:
+    """The forward of TuckerConvTranspose2d and 3d, its outer stages by `pointwise_conv`."""
+    transposed = F.conv_transpose2d if input.dim() == 4 else F.conv_transpose3d
+    t = pointwise_conv(input, u_in, None)
+    z = transposed(t, core, None, stride, padding, output_padding, dilation=dilation)
+    return pointwise_conv(z, u_out, bias)
 
 
 def _activation_behind(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
