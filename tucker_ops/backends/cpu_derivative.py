@@ -1,8 +1,9 @@
-"""The gradient of `tucker_conv` on the CPU: matrix products over voxels, and the core through the compiled kernels.
+"""The gradient of `tucker_conv` on the CPU, through the compiled kernels.
 
-Everything is channels-last, whatever the input's layout: a voxel is a row, the outer stages and the gradients of
-their weights are plain matrix products. The core's forward and, at stride 1, its gradient, which is a convolution with
-the flipped core, run in the one-pass kernels (Winograd where that applies); the rest is oneDNN's.
+Intermediates are channels-last, whatever the input's layout. The outer stages and their gradients are products at every
+voxel. The core's forward and, at stride 1, its gradient, which is a convolution with the flipped core, run in the
+one-pass kernels (Winograd where that applies), the gradient of its weights in a kernel of its own or, where that
+measured faster, in oneDNN; the core's gradient at a stride is oneDNN's.
 """
 
 from __future__ import annotations

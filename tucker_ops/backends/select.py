@@ -270,17 +270,6 @@ def _norm_affine(mean, m2, weight, bias, count, eps):
 LIBRARY.impl("norm_affine", _norm_affine, "CompositeExplicitAutograd")
 
 
-def norm_act_kernels(input: Tensor) -> Verdict:
-    """Do the compiled kernels train norm and activation of tensors like this? With the reason."""
-    if input.device.type != "cpu":
-        return Verdict(False, f"compiled for the CPU, and tensors are on {input.device.type}")
-    if input.dtype not in (torch.float32, torch.bfloat16):
-        return Verdict(False, f"computes float32 and bfloat16, not {str(input.dtype).removeprefix('torch.')}")
-    if memory_format(input) == torch.contiguous_format:
-        return Verdict(False, "computes channels-last tensors; torch's own norm is as fast on others")
-    return CPU.available()
-
-
 def pointwise_kernels(input: Tensor) -> Verdict:
     """Do the compiled kernels compute products at every voxel of tensors like this? With the reason."""
     if input.device.type != "cpu":
@@ -288,6 +277,13 @@ def pointwise_kernels(input: Tensor) -> Verdict:
     if input.dtype not in (torch.float32, torch.bfloat16):
         return Verdict(False, f"computes float32 and bfloat16, not {str(input.dtype).removeprefix('torch.')}")
     return CPU.available()
+
+
+def norm_act_kernels(input: Tensor) -> Verdict:
+    """Do the compiled kernels train norm and activation of tensors like this? With the reason."""
+    if memory_format(input) == torch.contiguous_format:
+        return Verdict(False, "computes channels-last tensors; torch's own norm is as fast on others")
+    return pointwise_kernels(input)
 
 
 def _norm_act(input, weight, bias, eps, slope):

@@ -87,8 +87,8 @@ class FusedForward:
     the state dict stay those of the class, and weights may change or be loaded at any time. A network that cannot be
     traced runs as it was; `tucker_ops.fused.explain` says why.
 
-    Training on the CPU runs channels-last, with each InstanceNorm and the LeakyReLU behind it as one op (`norm_act`);
-    the rest, and training elsewhere, is the class's own.
+    Training on the CPU runs channels-last, with each InstanceNorm and the LeakyReLU behind it as one op (`norm_act`),
+    and convolutions of one tap as products at every voxel; the rest, and training elsewhere, is the class's own.
     """
 
     precision: str | None = None
