@@ -46,6 +46,7 @@ sanitize: $(READY)
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		$(abspath $(BIN))/python -m pytest -q -p no:cacheprovider tests/ops/test_tucker_conv.py tests/ops/test_cpu_weights.py \
 		tests/ops/test_tucker_block.py tests/ops/test_tucker_merge.py \
+		tests/ops/test_pointwise.py tests/ops/test_gradient.py tests/ops/test_norm_act.py \
 		-k "not gradcheck and not fork"
 
 # The kernels of AVX-512 and AMX in an emulator of a processor that has them; EVERY=10 runs a tenth of the problems.

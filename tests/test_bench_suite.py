@@ -318,6 +318,8 @@ def test_a_killed_run_goes_on_with_the_rest(repo_root, tmp_path, monkeypatch, ho
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert f"1/1 {rest}" in ran.stdout and not path.exists()
     rows = json.loads((output / "results.json").read_text())
+    # A processor with more than AVX2 has them once more, held to AVX2.
+    rows = [row for row in rows if row["configuration"] == "machine"]
     without_ceilings = [{key: row[key] for key in kept[0]} for row in rows if row["problem"] == done]
     assert without_ceilings == kept
     assert {row["problem"] for row in rows} == {done, rest}
