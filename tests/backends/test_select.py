@@ -65,13 +65,12 @@ def test_what_measured_slower_than_the_reference_is_declined(isa, monkeypatch):
     wide_kernel = TuckerConv3d(320, 160, 5, (80, 40), padding=2).problem((1, 320, 4, 4, 4))
     pointwise = TuckerConv3d(256, 256, 1, (128, 128)).problem((1, 256, 8, 8, 8))
     assert CPU.prefers(PROBLEM)
-    for problem in (tiny_slices, wide_kernel):
-        assert "too few" in CPU.prefers(problem).reason
-    assert CPU.prefers(pointwise).ok is (isa != "avx2")
+    for problem in (tiny_slices, wide_kernel, pointwise):
+        assert CPU.prefers(problem).ok is (isa != "avx2")
     bfloat16 = replace(PROBLEM, dtype=torch.bfloat16)
     assert CPU.prefers(bfloat16).ok is (isa in ("avx2", "avx512_bf16"))
     # Without instructions for it torch takes a hundred times as long, whatever the problem.
-    assert CPU.prefers(replace(wide_kernel, dtype=torch.bfloat16)).ok is (isa == "avx2")
+    assert isa != "avx2" or "hundred times" in CPU.prefers(replace(wide_kernel, dtype=torch.bfloat16)).reason
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512_bf16"])

@@ -18,8 +18,8 @@ MOST_SOURCES = 4
 # The most lanes of any vector: sources that lie side by side start at multiples of it.
 SIDE_BY_SIDE = 16
 
-# Limits of the kinds of problem on which the kernel measured slower than three torch convolutions: output voxels and
-# weights of the core, and channels.
+# Limits of the kinds of problem on which the kernel measured slower than three torch convolutions, with AVX2: output
+# voxels and weights of the core, and channels.
 FEW_VOXELS, LARGE_CORE = 256, 300_000
 MANY_CHANNELS = 256
 # And its gradient: multiplications; of bfloat16 voxels and ranks, and multiplications where the voxels are fewer.
@@ -73,6 +73,8 @@ def _prefers(problem: Problem | BlockProblem) -> Verdict:
         return _untimed(problem)
     if problem.dtype == torch.bfloat16 and native.isa() == "avx2":
         return _torch_lacks_bfloat16()
+    if native.isa() != "avx2":
+        return _measures_faster()
     voxels = problem.batch * math.prod(problem.output_size)
     weights = problem.rank_in * problem.rank_out * math.prod(problem.kernel_size)
     wide = max(problem.kernel_size) > 3 or problem.ndim == 2
@@ -83,14 +85,17 @@ def _prefers(problem: Problem | BlockProblem) -> Verdict:
             "too few to share out among threads, or most taps lie outside",
         )
     if (
-        native.isa() == "avx2"
-        and problem.layout != "channels_last"
+        problem.layout != "channels_last"
         and math.prod(problem.kernel_size) == math.prod(problem.stride) == 1
         and min(problem.in_channels, problem.out_channels) >= MANY_CHANNELS
     ):
         return Verdict(
             False, f"one tap and {MANY_CHANNELS} channels or more: large matrix products, torch's strength"
         )
+    return _measures_faster()
+
+
+def _measures_faster() -> Verdict:
     return Verdict(
         True, f"measures faster than three torch convolutions on this kind of problem ({native.isa()})"
     )
