@@ -10,9 +10,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <optional>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "pool.h"
@@ -104,7 +104,7 @@ class Voxels {
  public:
   // `pitch`: at least the channels, and zeros behind them.
   Voxels(const TrainingKernels& kernels, const Layout& layout, int64_t pitch, int64_t most)
-      : kernels_(kernels), layout_(layout), pitch_(pitch), most_(most) {
+      : kernels_(kernels), layout_(layout), pitch_(pitch) {
     if (!direct()) room_.assign(most * pitch, 0.0f);
     if (!layout.last && !std::is_same_v<T, float>) turned_.resize(most * pitch);
   }
@@ -165,7 +165,7 @@ class Voxels {
 
   const TrainingKernels& kernels_;
   Layout layout_;
-  int64_t pitch_, most_;
+  int64_t pitch_;
   std::vector<float> room_;
   std::vector<T> turned_;
 };

@@ -61,6 +61,19 @@ def test_gradients_match_float64(backend, dtype, kept, poisoned):
         check(case, dtype, backend, kept=kept)
 
 
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [(3, 5, 1), (4, 5, 1), (2, 3, 1), (6, 7, 2), (9, 1, 2)], ids=str
+)
+def test_kernels_of_whose_weights_onednn_errs(size, kernel, stride, dtype):
+    """Wrong in torch itself with AVX-512, where the choice must not fall on the reference either."""
+    if not tucker_ops.backends()["cpu"].ok:
+        pytest.skip(tucker_ops.backends()["cpu"].reason)
+    geometry = ((stride,) * 3, (kernel // 2,) * 3, (1,) * 3)
+    case = Case(0, 1, (16, 16, 16, 16), (size,) * 3, (kernel,) * 3, *geometry, True, "channels_last")
+    check(case, dtype, "cpu", kept=False)
+
+
 def test_stages_are_what_they_are_said_to_be():
     for case, backend in itertools.product(CASES[:20], backends()):
         tensors = case.tensors(torch.float32)

@@ -38,6 +38,12 @@ def normal(*size: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def core_call(grad: torch.Tensor, t: torch.Tensor) -> tuple:
+    """Arguments of the core's weights: kernel 3×3×3 within its padding."""
+    last = torch.channels_last_3d
+    return grad.contiguous(memory_format=last), t.contiguous(memory_format=last), [3] * 3, *([[1] * 3] * 3)
+
+
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
 def test_pointwise_matches_float64(isa, dtype, poisoned):
     for (channels, rows, size), layout, batch in itertools.product(SIZES, LAYOUTS, (1, 2, 0)):
@@ -108,15 +114,6 @@ def test_sums_do_not_depend_on_the_number_of_threads(threads):
         normal(2, 6, 9, 10, 11, seed=2, dtype=torch.float32),
     )
     matrix = normal(6, 20, seed=3, dtype=torch.float32)
-    last = torch.channels_last_3d
-    core_call = (
-        grad.contiguous(memory_format=last),
-        x.contiguous(memory_format=last),
-        [3] * 3,
-        [1] * 3,
-        [1] * 3,
-        [1] * 3,
-    )
     before = torch.get_num_threads()
     results = []
     try:
@@ -125,7 +122,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(threads):
             results.append(
                 (
                     *OPS._pointwise_gradient_cpu(grad, x, matrix, True, True, True),
-                    OPS._core_gradient_cpu(*core_call),
+                    OPS._core_gradient_cpu(*core_call(grad, x)),
                 )
             )
     finally:
@@ -150,23 +147,11 @@ def test_opcheck():
     )
     matrix, bias = normal(6, 5, seed=3, dtype=torch.float32), normal(6, seed=4, dtype=torch.float32)
     tests = ("test_schema", "test_faketensor")
-    last = torch.channels_last_3d
     torch.library.opcheck(OPS._pointwise_cpu.default, (x, matrix, bias), test_utils=tests)
     torch.library.opcheck(
         OPS._pointwise_gradient_cpu.default, (grad, x, matrix, True, True, True), test_utils=tests
     )
-    torch.library.opcheck(
-        OPS._core_gradient_cpu.default,
-        (
-            grad.contiguous(memory_format=last),
-            x.contiguous(memory_format=last),
-            [3] * 3,
-            [1] * 3,
-            [1] * 3,
-            [1] * 3,
-        ),
-        test_utils=tests,
-    )
+    torch.library.opcheck(OPS._core_gradient_cpu.default, core_call(grad, x), test_utils=tests)
 
 
 @pytest.mark.parametrize(

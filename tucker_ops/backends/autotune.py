@@ -18,7 +18,6 @@ from tucker_ops.backends.timing import (
     LEAST_GAIN,
     MOST_DIFFERENCE,
     Timer,
-    channels_of,
     difference,
     operands_of,
     time_on_gpu,
@@ -98,11 +97,6 @@ def save(tunings: Iterable[Tuning], tf32: bool, notes: dict[str, str]) -> str:
     path = tuned.table_path(torch.cuda.get_device_name())
     problems = tuned.read(path)
     for tuning in tunings:
-        problem = tuning.problem
-        key = tuned.key_of(
-            tuned.kind_of(problem.dtype, tf32), channels_of(problem), problem.input_size, problem.kernel_size,
-            problem.stride, problem.padding, problem.dilation,
-        )  # fmt: skip
-        problems[key] = list(tuning.best)
+        problems[tuned.key_of_problem(tuning.problem, tf32)] = list(tuning.best)
     tuned.write(path, problems, notes)
     return str(path)

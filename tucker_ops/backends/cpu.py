@@ -97,7 +97,7 @@ def _prefers(problem: Problem | BlockProblem) -> Verdict:
 
 def _measures_faster() -> Verdict:
     return Verdict(
-        True, f"measures faster than three torch convolutions on this kind of problem ({native.isa()})"
+        True, f"measures faster than three torch convolutions on this kind of problem ({_measured_with()})"
     )
 
 
@@ -118,7 +118,7 @@ def _prefers_gradient(problem: Problem) -> Verdict:
         many = voxels >= MANY_VOXELS
         if min(problem.rank_in, problem.rank_out) >= FULL_VECTOR if many else macs <= MOST_BFLOAT16_MACS:
             return Verdict(
-                True, f"measures no slower than torch's bfloat16 on this kind of problem ({native.isa()})"
+                True, f"measures no slower than torch's bfloat16 on this kind of problem ({_measured_with()})"
             )
         return Verdict(
             False,
@@ -131,7 +131,14 @@ def _prefers_gradient(problem: Problem) -> Verdict:
             f"{macs:,} multiplications for {voxels} output voxels (limits {FEW_MACS:,} and {FEW_VOXELS}): as many "
             "calls as torch's, and little to save",
         )
-    return Verdict(True, f"measures faster than the gradients of three torch convolutions ({native.isa()})")
+    return Verdict(
+        True, f"measures faster than the gradients of three torch convolutions ({_measured_with()})"
+    )
+
+
+def _measured_with() -> str:
+    """Sets of instructions that compute with the same kernels share their measurements."""
+    return "AVX2" if native.isa() == "avx2" else "AVX-512"
 
 
 def _timed(problem: Problem) -> bool:

@@ -28,13 +28,13 @@ def _dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(x))
 
 
-def _pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """matrix [A, C] · x [N, C, *spatial] + bias, channels-last."""
     bias = None if bias is None else bias.contiguous()
     return torch.ops.tucker_ops._pointwise_cpu(_dense(x), matrix.contiguous(), bias)
 
 
-def _pointwise_gradient(
+def pointwise_gradient(
     grad: Tensor, x: Tensor, matrix: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, matrix and bias, as far as needed."""
@@ -116,9 +116,9 @@ def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def stages(input, u_in, core, u_out, bias, stride, padding, dilation) -> tuple[Tensor, Tensor, Tensor]:
     dtype, layout = input.dtype, memory_format(input)
     x, u_in, core, u_out, bias = _wide(input, u_in, core, u_out, bias)
-    t = _pointwise(x, u_in)
+    t = pointwise(x, u_in)
     z = _core(t, core, stride, padding, dilation)
-    values = _pointwise(z, u_out, bias).to(dtype)
+    values = pointwise(z, u_out, bias).to(dtype)
     return values.contiguous(memory_format=layout), t.to(dtype), z.to(dtype)
 
 
@@ -131,14 +131,14 @@ def run(
     grad, input, u_in, core, u_out, t, z = _wide(grad, input, u_in, core, u_out, t, z)
     grads: list[Tensor | None] = [None] * 5
     if (need_core or need_out) and t is None:
-        t = _pointwise(input, u_in)
+        t = pointwise(input, u_in)
     if need_out and z is None:
         z = _core(t, core, stride, padding, dilation)
     below = need_core or below_core
     if need_out:
-        grad_z, grads[3], grads[4] = _pointwise_gradient(grad, z, u_out, below, need_out, need_bias)
+        grad_z, grads[3], grads[4] = pointwise_gradient(grad, z, u_out, below, need_out, need_bias)
     else:
-        grad_z = _pointwise(grad, u_out.T) if below else None
+        grad_z = pointwise(grad, u_out.T) if below else None
         grads[4] = grad.sum((0, *range(2, grad.dim()))) if need_bias else None
     if need_core:
         grads[2] = _core_weights(grad_z, t, core, stride, padding, dilation)
@@ -146,7 +146,7 @@ def run(
         like = grad_z.new_empty(1).expand(grad.shape[0], core.shape[1], *input.shape[2:]) if t is None else t
         grad_t = _core_gradient(grad_z, like, core, stride, padding, dilation)
         if need_in:
-            grads[0], grads[1], _ = _pointwise_gradient(grad_t, input, u_in, need_input, need_in, False)
+            grads[0], grads[1], _ = pointwise_gradient(grad_t, input, u_in, need_input, need_in, False)
         else:
-            grads[0] = _pointwise(grad_t, u_in.T)
+            grads[0] = pointwise(grad_t, u_in.T)
     return tuple(None if value is None else value.to(dtype) for value in grads)

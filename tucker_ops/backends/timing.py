@@ -62,8 +62,3 @@ def difference(result: Tensor, expected: Tensor) -> float:
     """Relative RMS, in float64; not a number where something is not."""
     result, expected = result.double(), expected.double()
     return ((result - expected).square().mean() / expected.square().mean()).sqrt().item()
-
-
-def channels_of(problem: Problem) -> tuple[int, ...]:
-    """Batch and channels, as `tuned.key_of` takes them."""
-    return (problem.batch, problem.in_channels, problem.rank_in, problem.rank_out, problem.out_channels)

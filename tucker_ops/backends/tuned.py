@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tucker_ops.errors import BackendError
+from tucker_ops.types import Problem
 
 SHIPPED = Path(__file__).parent / "tuned_tables"
 CACHE_VARIABLE = "TUCKER_CACHE"
@@ -50,6 +51,13 @@ def key_of(
     """Names a problem: kind (float16, bfloat16, tf32, float32), batch and channels, extents, geometry."""
     parts = (channels, size, kernel, stride, padding, dilation)
     return " ".join([kind, *("x".join(map(str, part)) for part in parts)])
+
+
+def key_of_problem(problem: Problem, tf32: bool) -> str:
+    """`key_of` for the call that a problem stands for."""
+    channels = (problem.batch, problem.in_channels, problem.rank_in, problem.rank_out, problem.out_channels)
+    geometry = (problem.kernel_size, problem.stride, problem.padding, problem.dilation)
+    return key_of(kind_of(problem.dtype, tf32), channels, problem.input_size, *geometry)
 
 
 def kind_of(dtype: torch.dtype, tf32: bool) -> str:

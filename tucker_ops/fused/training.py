@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from tucker_ops.backends import cpu_derivative
 from tucker_ops.backends.select import norm_act_kernels, pointwise_kernels
 from tucker_ops.fused.graphs import computes_statistics, has_own_forward, hooked
 from tucker_ops.nn import TuckerConv2d, TuckerConv3d, TuckerConvTranspose2d, TuckerConvTranspose3d
-from tucker_ops.ops.reference import memory_format
 
 _WEIGHTS = ("u_in", "core", "u_out", "bias")
 
@@ -193,8 +193,7 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias):
         ctx.save_for_backward(input, weight)
-        bias = None if bias is None else bias.contiguous()
-        return torch.ops.tucker_ops._pointwise_cpu(_dense(input), weight.flatten(1).contiguous(), bias)
+        return cpu_derivative.pointwise(input, weight.flatten(1), bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -209,17 +208,11 @@ class _Pointwise(torch.autograd.Function):
                 grad.flatten(2).sum((0, 2)),
             )
         else:
-            grads = torch.ops.tucker_ops._pointwise_gradient_cpu(
-                _dense(grad), _dense(input), matrix.contiguous(), *needed
-            )
+            grads = cpu_derivative.pointwise_gradient(grad, input, matrix, *needed)
         shapes = (input.shape, weight.shape, (weight.shape[0],))
         return tuple(
             g.reshape(shape) if need else None for g, shape, need in zip(grads, shapes, needed, strict=True)
         )
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=memory_format(x))
 
 
 def tucker_conv_transpose(

@@ -20,7 +20,6 @@ from tucker_ops.backends.timing import (
     LEAST_GAIN,
     MOST_DIFFERENCE,
     Timer,
-    channels_of,
     difference,
     operands_of,
     time_on_gpu,
@@ -101,12 +100,7 @@ def save(tunings: Iterable[TritonTuning], tf32: bool, notes: dict[str, str]) -> 
     path = tuned.table_path(torch.cuda.get_device_name(), COMPILER)
     problems = tuned.read(path, ENTRIES)
     for tuning in tunings:
-        problem = tuning.problem
-        key = tuned.key_of(
-            tuned.kind_of(problem.dtype, tf32), channels_of(problem), problem.input_size, problem.kernel_size,
-            problem.stride, problem.padding, problem.dilation,
-        )  # fmt: skip
-        problems[key] = as_integers(tuning.best)
+        problems[tuned.key_of_problem(tuning.problem, tf32)] = as_integers(tuning.best)
     tuned.write(path, problems, notes)
     _table.cache_clear()
     return str(path)
