@@ -1,7 +1,8 @@
 // tucker_ops::_pointwise_cpu and _pointwise_gradient_cpu: y = matrix · x + bias at every voxel, and the gradient of that.
 //
 // Voxels go through in blocks that stay in a core's cache, each read once for all that is made of it. Tensors may be
-// channels-last or contiguous; contiguous blocks are turned on the way in and out. Sums are taken block by block in shares
+// channels-last, some of the channels of such a tensor (a part of a concatenation), or contiguous; contiguous blocks are
+// turned on the way in and out. Sums are taken block by block in shares
 // whose number depends on the problem alone: the result does not depend on the number of threads.
 
 #include <torch/csrc/stable/library.h>
@@ -29,29 +30,46 @@ constexpr int64_t kBlockFloats = 32 * 1024;
 constexpr int64_t kFewestVoxels = 64, kMostVoxels = 1024;
 constexpr int64_t kMostShares = 16;
 
+// `step`: from a voxel's channels to the next's, if `last`.
 struct Layout {
-  int64_t items, channels, voxels;
+  int64_t items, channels, voxels, step;
   bool last;
 };
 
-bool dense(const Tensor& x, bool last) {
-  int64_t stride = 1;
-  const auto fits = [&](int64_t axis) {
-    const bool same = x.size(axis) == 1 || x.stride(axis) == stride;
+// Strides of the axes, innermost first, if each covers those before it; `stride` is that of the first.
+bool follows(const Tensor& x, const std::vector<int64_t>& axes, int64_t stride) {
+  bool all = true;
+  for (int64_t axis : axes) {
+    all = all && (x.size(axis) == 1 || x.stride(axis) == stride);
     stride *= x.size(axis);
-    return same;
-  };
-  bool all = !last || fits(1);
-  for (int64_t axis = x.dim() - 1; axis >= 2; --axis) all = fits(axis) && all;
-  return (last || fits(1)) && all && fits(0);
+  }
+  return all;
+}
+
+// From a voxel's channels to the next's, or 0 where voxels are not evenly spaced rows of channels.
+int64_t step_of(const Tensor& x) {
+  std::vector<int64_t> axes;
+  for (int64_t axis = x.dim() - 1; axis >= 2; --axis) axes.push_back(axis);
+  axes.push_back(0);
+  const auto longer = std::find_if(axes.begin(), axes.end(), [&](int64_t axis) { return x.size(axis) > 1; });
+  const int64_t step = longer == axes.end() ? x.size(1) : x.stride(*longer);
+  const bool rows = x.size(1) == 1 || x.stride(1) == 1;
+  return rows && step >= x.size(1) && follows(x, axes, step) ? step : 0;
+}
+
+bool in_rows_of_voxels(const Tensor& x) {
+  std::vector<int64_t> axes;
+  for (int64_t axis = x.dim() - 1; axis >= 0; --axis) axes.push_back(axis);
+  return follows(x, axes, 1);
 }
 
 Layout layout_of(const char* op, const Tensor& x) {
   STD_TORCH_CHECK((x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16) && x.is_cpu() &&
                       (x.dim() == 4 || x.dim() == 5),
                   op, ": computes float32 and bfloat16 [N, C, *spatial] on the CPU");
-  Layout layout{x.size(0), x.size(1), 1, dense(x, true)};
-  STD_TORCH_CHECK(x.numel() == 0 || layout.last || dense(x, false), op, ": tensors must be contiguous or channels-last");
+  const int64_t step = step_of(x);
+  Layout layout{x.size(0), x.size(1), 1, step, step > 0};
+  STD_TORCH_CHECK(x.numel() == 0 || layout.last || in_rows_of_voxels(x), op, ": tensors must be contiguous or channels-last");
   for (int64_t axis = 2; axis < x.dim(); ++axis) layout.voxels *= x.size(axis);
   return layout;
 }
@@ -112,11 +130,11 @@ class Voxels {
   Block read(const T* base, int64_t item, int64_t first, int64_t count) {
     const int64_t channels = layout_.channels;
     if (layout_.last) {
-      const T* const from = base + (item * layout_.voxels + first) * channels;
+      const T* const from = base + (item * layout_.voxels + first) * layout_.step;
       if constexpr (std::is_same_v<T, float>) {
-        if (direct()) return {from, channels};
+        if (direct()) return {from, layout_.step};
       }
-      rows(from, channels, room_.data(), pitch_, count);
+      rows(from, layout_.step, room_.data(), pitch_, count);
     } else {
       const T* const from = base + item * channels * layout_.voxels + first;
       if constexpr (std::is_same_v<T, float>) {
@@ -157,7 +175,7 @@ class Voxels {
  private:
   template <class From, class To>
   void rows(const From* from, int64_t from_pitch, To* to, int64_t to_pitch, int64_t count) {
-    if (from_pitch == to_pitch) return convert(kernels_, from, count * from_pitch, to);
+    if (from_pitch == to_pitch && from_pitch == layout_.channels) return convert(kernels_, from, count * from_pitch, to);
     for (int64_t v = 0; v < count; ++v) convert(kernels_, from + v * from_pitch, layout_.channels, to + v * to_pitch);
   }
 
@@ -221,7 +239,7 @@ Tensor pointwise(const char* op, const Tensor& x, const Tensor& matrix, const st
   if (y.numel() == 0) return y;
   const auto* const from = static_cast<const T*>(x.const_data_ptr());
   auto* const to = static_cast<T*>(y.mutable_data_ptr());
-  const Layout out{in.items, rows, in.voxels, true};
+  const Layout out{in.items, rows, in.voxels, rows, true};
   const Cut cut(in, in.channels + pitch);
   const std::vector<int64_t> columns = columns_of(kernels, pitch);
   torch::stable::parallel_for(0, cut.blocks, 1, [&](int64_t begin, int64_t end) {

@@ -28,9 +28,14 @@ constexpr int64_t kDefaultMegabytes = 1024;
 // A buffer serves a tensor of at least this share of it.
 constexpr double kLeastUse = 0.5;
 
+// Of the idle buffers those given back last stay as they are, up to this share of the limit: to hand pages to the system
+// stops every thread, and to write to them again costs as much as clearing them.
+constexpr int64_t kWarmShare = 4;
+
 struct Buffer {
   void* data;
   int64_t bytes;
+  bool warm = true;
 };
 
 // Whole huge pages of their own, not a piece of the heap: there the system would hand out small pages, and to mark those
@@ -71,12 +76,13 @@ class Pool {
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
       auto best = idle_.end();
       for (auto it = idle_.begin(); it != idle_.end(); ++it)
-        if (it->bytes >= bytes && bytes >= kLeastUse * it->bytes && (best == idle_.end() || it->bytes < best->bytes)) best = it;
+        if (it->bytes >= bytes && bytes >= kLeastUse * it->bytes && (best == idle_.end() || it->bytes <= best->bytes)) best = it;
       if (best != idle_.end()) {
         const Buffer found = *best;
         idle_.erase(best);
         bytes_ -= found.bytes;
-        return found;
+        if (found.warm) warm_bytes_ -= found.bytes;
+        return {found.data, found.bytes};
       }
     }
     return {allocate(bytes), bytes};
@@ -86,15 +92,22 @@ class Pool {
     const std::unique_lock lock(mutex_, std::try_to_lock);
     const int64_t most = most_idle_bytes();
     if (!lock || buffer.bytes > most) return release(buffer);
-#if defined(__linux__)
-    madvise(buffer.data, buffer.bytes, MADV_FREE);
-#endif
     bytes_ += buffer.bytes;
+    warm_bytes_ += buffer.bytes;
     idle_.push_back(buffer);
     while (bytes_ > most) {
       bytes_ -= idle_.front().bytes;
+      if (idle_.front().warm) warm_bytes_ -= idle_.front().bytes;
       release(idle_.front());
       idle_.pop_front();
+    }
+    for (auto it = idle_.begin(); warm_bytes_ > most / kWarmShare; ++it) {
+      if (!it->warm) continue;
+#if defined(__linux__)
+      madvise(it->data, it->bytes, MADV_FREE);
+#endif
+      it->warm = false;
+      warm_bytes_ -= it->bytes;
     }
   }
 
@@ -106,7 +119,7 @@ class Pool {
  private:
   std::mutex mutex_;
   std::list<Buffer> idle_;
-  int64_t bytes_ = 0;
+  int64_t bytes_ = 0, warm_bytes_ = 0;
 };
 
 Pool& pool() {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,30 @@ def test_large_buffers_are_used_again(contiguous):
     assert len({tensor.data_ptr() for tensor in kept}) == 4
     for factor, tensor in enumerate(kept):
         assert torch.equal(tensor, factor * x.expand_as(tensor))
+
+
+def lazily_free() -> int:
+    """Bytes of this process that the system may take when it needs them."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        pytest.skip("the system does not tell what is free to take: no /proc/self/smaps_rollup")
+    line = next(line for line in rollup.read_text().splitlines() if line.startswith("LazyFree"))
+    return int(line.split()[1]) * 1024
+
+
+def test_all_but_a_quarter_of_idle_memory_is_free_to_take(monkeypatch):
+    x = torch.randn(1, 1, 64, 64, 128)
+    size = 32 * 64 * 64 * 128 * 4
+    monkeypatch.setenv(native.POOL_VARIABLE, "80")
+    large_block(x)
+    monkeypatch.setenv(native.POOL_VARIABLE, "512")
+    kept = [large_block(x) for _ in range(5)]
+    before = lazily_free()
+    kept.clear()
+    idle, free, warm = native.pool_bytes(), lazily_free() - before, 128 * 2**20
+    # Whole buffers are handed over, and of one that lay there before pages may be gone already.
+    assert idle - warm - size <= free <= idle - warm + size
+    assert free >= 2 * size
 
 
 def test_the_pool_has_a_limit_and_can_be_turned_off(monkeypatch):

@@ -15,7 +15,7 @@ from tests.ops.test_gradient import LIMITS, saved_bytes
 from tucker_ops import fuse
 from tucker_ops.backends import native
 from tucker_ops.fused import executor, explain
-from tucker_ops.fused.training import norm_act_conv, pointwise_conv, tucker_conv_transpose
+from tucker_ops.fused.training import channels_last, norm_act_conv, pointwise_conv, tucker_conv_transpose
 from tucker_ops.nn import TuckerConvTranspose3d
 
 norm_act = torch.ops.tucker_ops.norm_act
@@ -118,6 +118,25 @@ def test_convolutions_of_one_tap_and_transposed_ones_are_taken():
     heads[-1].register_forward_hook(lambda *_: None)
     form = executor._train_form(fuse(copy.deepcopy(network)).train()).module
     assert [node.target for node in form.graph.nodes].count(pointwise_conv) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_dense_convolutions_write_channels_last(channels):
+    """Of a single channel torch takes an image for contiguous, and turns output and gradient around."""
+    x = torch.randn(2, channels, 4, 5, 6, requires_grad=True)
+    given = channels_last(x)
+    assert torch.equal(given, x) and given.stride(1) == 1
+    assert channels != 1 or given.data_ptr() == x.data_ptr()
+    conv = nn.Conv3d(channels, 8, 3, padding=1)
+    out = conv(given)
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    (wanted,) = torch.autograd.grad(conv(x).sum(), x)
+    assert relative_rms(grad, wanted.double()) <= 2e-5
+    network, _ = made("plain", True)
+    form = executor._train_form(fuse(network).train()).module
+    kernels = [m for m in network.modules() if type(m) is nn.Conv3d and set(m.kernel_size) != {1}]
+    assert [node.target for node in form.graph.nodes].count(channels_last) == len(kernels) > 0
 
 
 def test_transposed_tucker_convolution_matches_its_module():

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tests.ops.problems import relative_rms
 from tucker_ops.backends import native
+from tucker_ops.backends.cpu_derivative import _readable
 from tucker_ops.ops.reference import memory_format
 
 OPS = torch.ops.tucker_ops
@@ -81,6 +82,58 @@ def test_pointwise_gradient_matches_float64(isa, dtype, poisoned):
             assert relative_rms(value, wanted) <= LIMITS[dtype], (channels, rows, size, of_x, of_grad)
         if needed[0] and x.numel():
             assert found[0].is_contiguous(memory_format=memory_format(x))
+
+
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
+def test_parts_of_channels_last_tensors_are_read_where_they_lie(isa, dtype, poisoned):
+    """What the gradient of a concatenation hands down; NaN beside it is not read."""
+    last = torch.channels_last_3d
+    for channels, rows, before, after, batch in (
+        (16, 32, 16, 0, 2),
+        (5, 7, 0, 11, 1),
+        (1, 3, 2, 2, 2),
+        (33, 1, 7, 8, 2),
+    ):
+        size = (3, 4, 5)
+        x, grad = (
+            normal(batch, channels, *size, seed=1, dtype=dtype),
+            normal(batch, rows, *size, seed=2, dtype=dtype),
+        )
+        matrix = normal(rows, channels, seed=3, dtype=dtype)
+        parts = []
+        for values in (x, grad):
+            nan = [torch.full((batch, n, *size), torch.nan, dtype=dtype) for n in (before, after)]
+            whole = torch.cat([nan[0], values, nan[1]], 1).contiguous(memory_format=last)
+            parts.append(whole[:, before : before + values.shape[1]])
+            assert _readable(parts[-1]) is parts[-1] and not parts[-1].is_contiguous(memory_format=last)
+        found = OPS._pointwise_gradient_cpu(parts[1], parts[0], matrix, True, True, True)
+        wanted = OPS._pointwise_gradient_cpu(grad.contiguous(memory_format=last), x, matrix, True, True, True)
+        for ours, same in zip(found, wanted, strict=True):
+            assert relative_rms(ours, same.double()) <= LIMITS[dtype]
+        assert found[0].is_contiguous(memory_format=last)
+        out = OPS._pointwise_cpu(parts[0], matrix, None)
+        assert relative_rms(out, OPS._pointwise_cpu(x, matrix, None).double()) <= LIMITS[dtype]
+
+
+def test_anything_else_is_copied_before_it_is_read():
+    last = torch.channels_last_3d
+    whole = normal(2, 8, 3, 4, 5, seed=1, dtype=torch.float32).contiguous(memory_format=last)
+    for x in (
+        whole[:, ::2],
+        whole[..., ::2],
+        whole[:, :, 1:],
+        whole[:, :1].expand(2, 8, 3, 4, 5),
+        whole.mT,
+        whole.flip(0),
+    ):
+        given = _readable(x)
+        OPS._pointwise_cpu(given, torch.eye(x.shape[1]), None)
+        assert torch.equal(given, x)
+    contiguous = whole.contiguous()
+    assert _readable(contiguous) is contiguous and _readable(whole) is whole
+    # One channel of several: evenly spaced within an item, but not from one item to the next.
+    single = contiguous[:, 3:4]
+    assert torch.equal(OPS._pointwise_cpu(_readable(single), torch.eye(1), None), single)
 
 
 def test_core_weights_match_float64(isa, poisoned):

@@ -23,22 +23,33 @@ LONG_ROW_2D, FEW_PAIRS_2D = 64, 2048
 LONG_ROW_AVX512, FEW_PAIRS_AVX512 = 32, 1024
 
 
-def _dense(x: Tensor) -> Tensor:
-    """`x` contiguous or channels-last; a copy only of what is neither."""
-    return x.contiguous(memory_format=memory_format(x))
+def _readable(x: Tensor) -> Tensor:
+    """`x` contiguous, or its voxels as rows of channels, evenly spaced; a copy only of what is neither.
+
+    Such rows has a channels-last tensor, and a part of one, as the gradient of a concatenation hands it down.
+    """
+    axes = [*range(x.dim() - 1, 1, -1), 0]
+    stride = next((x.stride(axis) for axis in axes if x.shape[axis] > 1), x.shape[1])
+    rows = (x.shape[1] == 1 or x.stride(1) == 1) and stride >= x.shape[1]
+    for axis in axes:
+        rows = rows and (x.shape[axis] == 1 or x.stride(axis) == stride)
+        stride *= x.shape[axis]
+    return x if rows else x.contiguous(memory_format=memory_format(x))
 
 
 def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """matrix [A, C] · x [N, C, *spatial] + bias, channels-last."""
     bias = None if bias is None else bias.contiguous()
-    return torch.ops.tucker_ops._pointwise_cpu(_dense(x), matrix.contiguous(), bias)
+    return torch.ops.tucker_ops._pointwise_cpu(_readable(x), matrix.contiguous(), bias)
 
 
 def pointwise_gradient(
     grad: Tensor, x: Tensor, matrix: Tensor, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of x, matrix and bias, as far as needed."""
-    return torch.ops.tucker_ops._pointwise_gradient_cpu(_dense(grad), _dense(x), matrix.contiguous(), *needed)
+    return torch.ops.tucker_ops._pointwise_gradient_cpu(
+        _readable(grad), _readable(x), matrix.contiguous(), *needed
+    )
 
 
 def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:

@@ -1,7 +1,7 @@
 """The training form of a network: its own modules, with norm and activation as one op and activations channels-last.
 
 What changes is what lies between the convolutions on the CPU, where torch spends more time than in the convolutions of
-a compressed network, and convolutions of one tap, which are products at every voxel.
+a compressed network, convolutions of one tap, which are products at every voxel, and the layout that dense ones read.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
     for node in list(graph.nodes):
         _join(node, modules, graph)
         _take_pointwise(node, modules, graph)
+    for node in list(graph.nodes):
+        _hand_over_channels_last(node, modules, graph)
     module = fx.GraphModule(model, graph)
     module.graph.lint()
     return module, replaced
@@ -110,6 +112,21 @@ def _take_pointwise(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Grap
         )
     node.replace_all_uses_with(value)
     graph.erase_node(node)
+
+
+def _hand_over_channels_last(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None:
+    """Dense convolutions read channels-last, whose output and gradient nothing then has to turn around."""
+    conv = modules.get(node.target) if node.op == "call_module" else None
+    if type(conv) in (nn.Conv2d, nn.Conv3d):
+        with graph.inserting_before(node):
+            node.replace_input_with(node.args[0], graph.call_function(channels_last, (node.args[0],)))
+
+
+def channels_last(input: Tensor) -> Tensor:
+    """`input` in this layout, by its strides too where a single channel fits both, which torch takes for contiguous."""
+    if input.shape[1] == 1:
+        return input.contiguous().squeeze(1).unsqueeze(-1).movedim(-1, 1)
+    return input.contiguous(memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d)
 
 
 def _holds(module: nn.Module, names: tuple[str, ...]) -> bool:
