@@ -72,6 +72,38 @@ def test_ranks_and_channels_of_several_blocks(poisoned):
     test_gradient.check(case, torch.float32, "triton", kept=False)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "kernel", "stride", "padding", "dilation", "together"),
+    [
+        ((5, 6), (2, 3, 3), (1, 1, 1), (1, 1, 1), (1, 1, 1), {1, 3}),
+        ((5, 6), (1, 3, 3), (1, 1, 1), (0, 1, 2), (1, 1, 2), {1, 3}),
+        ((7, 3), (1, 2, 4), (1, 1, 2), (0, 0, 1), (1, 1, 1), {1, 4}),
+        # The gradient's padding is negative.
+        ((4, 4), (1, 1, 3), (1, 1, 1), (1, 1, 4), (1, 1, 1), {1, 3}),
+        # More steps than an integer has bits, and more ranks than a block of the sum has room for.
+        ((2, 2), (4, 8, 2), (1, 1, 1), (2, 4, 1), (1, 1, 1), {1}),
+        ((90, 2), (1, 1, 3), (1, 1, 1), (0, 0, 1), (1, 1, 1), {1, 3}),
+    ],
+)
+def test_taps_read_together(ranks, kernel, stride, padding, dilation, together, poisoned, monkeypatch):
+    seen = set()
+
+    def recorded(kernel, grid, arguments, constants, config):
+        seen.add(constants.get("TOGETHER", 1))
+        run(kernel, grid, arguments, constants, config)
+
+    run = launch.launch
+    monkeypatch.setattr(launch, "launch", recorded)
+    channels = (3, *ranks, 4)
+    case = Case(0, 2, channels, (3, 4, 5), kernel, stride, padding, dilation, True, "channels_last")
+    tensors = case.tensors(torch.float32)
+    expected = reference(tensors, case.geometry)
+    actual = tucker_ops.tucker_conv(*tensors, *case.geometry, backend="triton")
+    assert relative_rms(actual, expected) <= tolerance(torch.float32, expected.numel())
+    test_gradient.check(case, torch.float32, "triton", kept=False)
+    assert seen == together
+
+
 def test_gradients_are_the_same_every_time():
     case = Case(
         0, 2, (9, 8, 8, 9), (9, 8, 9), (3, 1, 1), (1, 1, 1), (1, 0, 0), (1, 1, 1), True, "channels_last"

@@ -99,6 +99,11 @@ def record(recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tupl
     geometry = [[1] * 3] * 3
     launch.forward(x, u_in, core, u_out, bias, *geometry)
     launch.backward(x, x, u_in, core, u_out, *geometry, [True] * 5)
+    # At a stride, and in 2D, where an extent of 1 is compiled in.
+    launch.backward(coarse, x, u_in, core, u_out, [2] * 3, *geometry[1:], [True] * 5)
+    flat, flat_core = x[:, :, 0].contiguous(memory_format=torch.channels_last), empty(rank_out, rank_in, 3, 3)
+    launch.forward(flat, u_in, flat_core, u_out, bias, *[[1] * 2] * 3)
+    launch.backward(flat, flat, u_in, flat_core, u_out, *[[1] * 2] * 3, [True] * 5)
     # A block after a norm; one that reads a skip connection and what is upsampled; one that stays in rank space.
     pending = ([norm], [norm], [0.01])
     launch.block([x], [None], *pending, [u_in], None, core, *geometry, u_out, bias, "channel", False, False)

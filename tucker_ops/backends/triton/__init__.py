@@ -14,6 +14,7 @@ from importlib.machinery import PathFinder
 import torch
 
 from tucker_ops.backends.base import Backend, Derivative, Verdict
+from tucker_ops.backends.triton.config import MOST_VOXELS
 from tucker_ops.types import BlockProblem, Problem
 
 LEAST_CAPABILITY = 80
@@ -21,7 +22,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # With u_out one program holds all output ranks of its voxels in registers; from there on ranks_in of the gradient too.
 MOST_RANKS = 512
 MOST_COVARIANCE = 128
-MOST_VOXELS = 2**31 - 4096
 MOST_ITEMS = 65535
 PROVEN: frozenset[int] = frozenset()
 UNPROVEN_VARIABLE = "TUCKER_TRITON_UNPROVEN"
@@ -71,9 +71,13 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
             False,
             f"holds at most {MOST_RANKS} ranks in registers, not {max(problem.rank_in, problem.rank_out)}",
         )
-    for size in (problem.input_size, problem.output_size):
+    padded = [n + 2 * p for n, p in zip(problem.input_size, problem.padding, strict=True)]
+    for size in (padded, problem.output_size):
         if math.prod(size) > MOST_VOXELS:
-            return Verdict(False, f"counts at most {MOST_VOXELS:,} voxels an item, not {math.prod(size):,}")
+            return Verdict(
+                False,
+                f"counts at most {MOST_VOXELS:,} voxels an item, with the padding around it, not {math.prod(size):,}",
+            )
     if problem.batch > MOST_ITEMS:
         return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
     return Verdict(True, "float16, bfloat16 or float32 on the GPU")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
+# Rows of an item, which are counted in 32 bits.
+MOST_VOXELS = 2**31 - 4096
 # Fewer do not make a matrix product on tensor cores.
 LEAST_BLOCK = 16
+# Of a program on a card of capability 8.6, 8.9 or 12.0, the least of all from 8.0 on.
+SHARED_BYTES = 99 * 1024
 # Elements of the fp32 accumulator of a program of four warps: 64 registers a thread.
 MOST_ACCUMULATORS = 8192
 
 
 @dataclass(frozen=True)
 class Config:
-    """rows: output voxels of a program; channels: of the summed dimension at a time; warps; stages: loads in flight."""
+    """rows: output voxels of a program; channels: of the summed dimension at a time; warps; stages: loads in flight.
+
+    Of channels, `convolve` takes half as many of 32 bits at a time, and of taps read together twice as many.
+    """
 
     rows: int
     channels: int
@@ -26,13 +33,13 @@ class Configs:
     """One `Config` for each kernel."""
 
     reduce: Config = Config(128, 64, 4, 3)
-    convolve: Config = Config(128, 32, 4, 3)
+    convolve: Config = Config(128, 64, 4, 3)
     outer: Config = Config(64, 64, 4, 3)
 
 
-# None has been timed here: no card could be reached. They keep accumulators in registers and three stages of loads
-# within the shared memory of every card from compute capability 8.0 on (tests/backends/test_triton.py compiles them
-# for four).
+# None has been timed here: no card could be reached. They keep accumulators in registers, and two or three stages of
+# loads within the shared memory of every card from compute capability 8.0 on (tests/backends/test_triton.py compiles
+# them for four). `python -m bench.gpu.instructions` counts what they execute.
 DEFAULT = Configs()
 
 
@@ -40,11 +47,11 @@ DEFAULT = Configs()
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "reduce": (Config(64, 64, 4, 3), Config(128, 32, 4, 4), Config(64, 32, 2, 4), Config(256, 64, 8, 3)),
     "convolve": (
-        Config(64, 32, 4, 3),
         Config(64, 64, 4, 3),
-        Config(128, 32, 4, 2),
-        Config(128, 32, 8, 3),
-        Config(256, 32, 8, 3),
+        Config(128, 32, 4, 3),
+        Config(128, 64, 4, 2),
+        Config(128, 64, 8, 3),
+        Config(256, 64, 8, 3),
     ),
     "outer": (Config(32, 64, 4, 4), Config(128, 64, 4, 2), Config(64, 64, 8, 3)),
 }
@@ -66,6 +73,11 @@ def block_of(count: int, most: int) -> int:
     while block < count and block < most:
         block *= 2
     return block
+
+
+def with_room(config: Config, stage_bytes: int) -> Config:
+    """`config` with as many of its stages, of this size each, as every card from capability 8.0 on has room for."""
+    return replace(config, stages=min(config.stages, max(2, SHARED_BYTES // stage_bytes)))
 
 
 def rows_of(config: Config, columns: int) -> int:

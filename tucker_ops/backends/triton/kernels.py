@@ -29,24 +29,33 @@ def _rounded(value, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _along(
-    o,
-    k,
-    EXTENT,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    DILATION: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-):
-    """The input position that output o reads through tap k, or, transposed, the output that input o goes to."""
-    if TRANSPOSED:
-        reach = o + PADDING - k * DILATION
-        i = reach // STRIDE
-        inside = (reach >= 0) & (i * STRIDE == reach) & (i < EXTENT)
-    else:
-        i = o * STRIDE - PADDING + k * DILATION
-        inside = (i >= 0) & (i < EXTENT)
-    return i, inside
+def _along_transposed(o, k, EXTENT, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr):
+    """The output that input o goes to through tap k, and whether there is one."""
+    reach = o + PADDING - k * DILATION
+    i = reach // STRIDE
+    return i, (reach >= 0) & (i * STRIDE == reach) & (i < EXTENT)
+
+
+@triton.jit
+def _divided(a, b):
+    """Quotient and remainder of what is not negative: unsigned, which takes half the instructions."""
+    # An argument of 1 is no tensor.
+    quotient = (a.to(tl.uint32) // tl.full((), b, tl.uint32)).to(tl.int32)
+    return quotient, a - quotient * b
+
+
+@triton.jit
+def _within(i, EXTENT):
+    """0 ≤ i < EXTENT, in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < tl.full((), EXTENT, tl.uint32)
+
+
+@triton.jit
+def _across(k, w0, CHANNELS, DILATION: tl.constexpr):
+    """Of all taps of a row, channels side by side: how far from a row's first element k lies, and at which width."""
+    tap = k // CHANNELS
+    lane = k if DILATION == 1 else k + tap * ((DILATION - 1) * CHANNELS)
+    return lane, w0[:, None] + tap[None, :] * DILATION
 
 
 @triton.jit
@@ -143,6 +152,7 @@ def convolve_rows(
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_STATS: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -151,34 +161,62 @@ def convolve_rows(
     Program (block of output rows, block of ranks, item); with u_out one block holds all ranks. t [N, D·H·W, RANK_IN];
     core [taps, RANK_IN, RANK_OUT]; values at row · ROW_STRIDE + channel · CHANNEL_STRIDE within an item; z channels-
     last, rounded as the second product reads it. TRANSPOSED: the gradient of the convolution, D·H·W being the extents
-    of its output. mean, m2 [N, blocks, CHANNELS], covariance [N, blocks, CHANNELS, CHANNELS]: of the fp32 values of
-    each block of rows; the latter without u_out only.
+    of its output. TOGETHER: taps along the width, one or all, whose channels are one block of the sum: they lie side by
+    side in t, and so do their weights. mean, m2 [N, blocks, CHANNELS], covariance [N, blocks, CHANNELS, CHANNELS]: of
+    the fp32 values of each block of rows; the latter without u_out only.
     """
     voxels, out_voxels = DEPTH * HEIGHT * WIDTH, OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
     item = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < out_voxels
-    ow, oh, od = rows % OUT_WIDTH, rows // OUT_WIDTH % OUT_HEIGHT, rows // (OUT_WIDTH * OUT_HEIGHT)
+    lines, ow = _divided(rows, OUT_WIDTH)
+    od, oh = _divided(lines, OUT_HEIGHT)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     r_ok = r < RANK_OUT
     source = t + item.to(tl.int64) * voxels * RANK_IN
 
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    # What a row reads lies at a distance from its first position that is the same for all rows of a step. So addresses
+    # are found once and, of taps read together, what of it is inside: a bit for each step.
+    d0, h0, w0 = od * STRIDE_D - PADDING_D, oh * STRIDE_H - PADDING_H, ow * STRIDE_W - PADDING_W
+    at = (d0 * HEIGHT + h0) * WIDTH + w0
+    if TOGETHER > 1:
+        lane, w = _across(k, w0, RANK_IN, DILATION_W)
+        inside_h = tl.zeros((BLOCK_M,), tl.int32)
+        for tap_h in tl.static_range(KERNEL_H):
+            inside_h |= tl.where(_within(h0 + tap_h * DILATION_H, HEIGHT), 1 << tap_h, 0)
+        inside_dh = tl.zeros((BLOCK_M,), tl.int32)
+        for tap_d in tl.static_range(KERNEL_D):
+            inside_dh |= tl.where(_within(d0 + tap_d * DILATION_D, DEPTH), inside_h << (tap_d * KERNEL_H), 0)
+        reads = (row_ok[:, None] & (k < TOGETHER * RANK_IN)[None, :]) & _within(w, WIDTH)
+        steps_inside = tl.where(reads, inside_dh[:, None], 0)
+    else:
+        lane = k
+    first = source + at.to(tl.int64)[:, None] * RANK_IN + lane[None, :]
     # Taps and blocks of ranks in one loop, which Triton overlaps with its loads; of two it overlaps the inner one.
-    blocks_k = tl.cdiv(RANK_IN, BLOCK_K)
-    for step in range(0, KERNEL_D * KERNEL_H * KERNEL_W * blocks_k):
-        tap = step // blocks_k
-        k = (step % blocks_k) * BLOCK_K + tl.arange(0, BLOCK_K)
-        k_ok = k < RANK_IN
+    blocks_k = 1 if TOGETHER > 1 else tl.cdiv(RANK_IN, BLOCK_K)
+    for step in range(0, KERNEL_D * KERNEL_H * (KERNEL_W // TOGETHER) * blocks_k):
+        tap, k0 = step // blocks_k * TOGETHER, step % blocks_k * BLOCK_K
         kw, kh, kd = tap % KERNEL_W, tap // KERNEL_W % KERNEL_H, tap // (KERNEL_W * KERNEL_H)
-        d, d_ok = _along(od, kd, DEPTH, STRIDE_D, PADDING_D, DILATION_D, TRANSPOSED)
-        h, h_ok = _along(oh, kh, HEIGHT, STRIDE_H, PADDING_H, DILATION_H, TRANSPOSED)
-        w, w_ok = _along(ow, kw, WIDTH, STRIDE_W, PADDING_W, DILATION_W, TRANSPOSED)
-        inside = row_ok & d_ok & h_ok & w_ok
-        at = ((d * HEIGHT + h) * WIDTH + w).to(tl.int64) * RANK_IN
-        part = tl.load(source + at[:, None] + k[None, :], mask=inside[:, None] & k_ok[None, :], other=0.0)
+        k_ok = k < TOGETHER * RANK_IN - k0
+        if TRANSPOSED:
+            d, d_ok = _along_transposed(od, kd, DEPTH, STRIDE_D, PADDING_D, DILATION_D)
+            h, h_ok = _along_transposed(oh, kh, HEIGHT, STRIDE_H, PADDING_H, DILATION_H)
+            w, w_ok = _along_transposed(ow, kw, WIDTH, STRIDE_W, PADDING_W, DILATION_W)
+            output = ((d * HEIGHT + h) * WIDTH + w).to(tl.int64) * RANK_IN + k0
+            inside = (row_ok & d_ok & h_ok & w_ok)[:, None] & k_ok[None, :]
+            part = tl.load(source + output[:, None] + k[None, :], mask=inside, other=0.0)
+        else:
+            if TOGETHER > 1:
+                inside = ((steps_inside >> step) & 1) != 0
+            else:
+                inside = row_ok & _within(d0 + kd * DILATION_D, DEPTH) & _within(h0 + kh * DILATION_H, HEIGHT)
+                inside = (inside & _within(w0 + kw * DILATION_W, WIDTH))[:, None] & k_ok[None, :]
+            row = (kd * DILATION_D).to(tl.int64) * HEIGHT + kh * DILATION_H
+            part = tl.load(first + ((row * WIDTH + kw * DILATION_W) * RANK_IN + k0), mask=inside, other=0.0)
         weights = tl.load(
-            core + (tap * RANK_IN + k)[:, None] * RANK_OUT + r[None, :],
+            core + (tap * RANK_IN + k0 + k)[:, None] * RANK_OUT + r[None, :],
             mask=k_ok[:, None] & r_ok[None, :],
             other=0.0,
         )
@@ -250,42 +288,56 @@ def outer_rows(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """partial[p, tap, i, j] = Σ over the p-th share of output voxels m of a[m, i] · b[what m reads through tap, j].
 
-    Program (share of the rows, tap, block of i and j). a [N, output voxels, A_CHANNELS], b [N, D·H·W, B_CHANNELS];
-    partial [shares, taps, A_CHANNELS, B_CHANNELS] in fp32, to be added up in order: the same sum every time.
+    Program (share of the rows, tap, block of i and j). a [N, output voxels, A_CHANNELS], b [N, D·H·W, B_CHANNELS].
+    Rows come in blocks that are a line of the output or a piece of one, so that divisions are few and of scalars.
+    TOGETHER: taps along the width, one or all, that are one tap here with the channels of b side by side, as they lie
+    in memory. partial [shares, taps, A_CHANNELS, TOGETHER · B_CHANNELS] in fp32, to be added up in order: the same sum
+    every time.
     """
-    out_voxels = OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
-    blocks_b = tl.cdiv(B_CHANNELS, BLOCK_B)
+    COLUMNS = TOGETHER * B_CHANNELS
+    blocks_b = tl.cdiv(COLUMNS, BLOCK_B)
     i = (tl.program_id(2) // blocks_b) * BLOCK_A + tl.arange(0, BLOCK_A)
     j = (tl.program_id(2) % blocks_b) * BLOCK_B + tl.arange(0, BLOCK_B)
-    i_ok, j_ok = i < A_CHANNELS, j < B_CHANNELS
+    i_ok, j_ok = i < A_CHANNELS, j < COLUMNS
+    TAPS_W: tl.constexpr = KERNEL_W // TOGETHER
+    POINTWISE: tl.constexpr = (
+        KERNEL_D * KERNEL_H * KERNEL_W * STRIDE_D * STRIDE_H * STRIDE_W == 1
+        and PADDING_D + PADDING_H + PADDING_W == 0
+    )
     tap = tl.program_id(1)
-    kw, kh, kd = tap % KERNEL_W, tap // KERNEL_W % KERNEL_H, tap // (KERNEL_W * KERNEL_H)
-    blocks_m = tl.cdiv(out_voxels, BLOCK_M)
+    kw, kh, kd = tap % TAPS_W, tap // TAPS_W % KERNEL_H, tap // (TAPS_W * KERNEL_H)
+    pieces = tl.cdiv(OUT_WIDTH, BLOCK_M)
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     first = tl.program_id(0) * BLOCKS_EACH
-    for block in range(first, tl.minimum(first + BLOCKS_EACH, blocks_m * ITEMS)):
-        item = (block // blocks_m).to(tl.int64)
-        rows = (block % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row_ok = rows < out_voxels
-        ow, oh, od = rows % OUT_WIDTH, rows // OUT_WIDTH % OUT_HEIGHT, rows // (OUT_WIDTH * OUT_HEIGHT)
-        d, d_ok = _along(od, kd, DEPTH, STRIDE_D, PADDING_D, DILATION_D, False)
-        h, h_ok = _along(oh, kh, HEIGHT, STRIDE_H, PADDING_H, DILATION_H, False)
-        w, w_ok = _along(ow, kw, WIDTH, STRIDE_W, PADDING_W, DILATION_W, False)
-        inside = row_ok & d_ok & h_ok & w_ok
+    for block in range(first, tl.minimum(first + BLOCKS_EACH, ITEMS * OUT_DEPTH * OUT_HEIGHT * pieces)):
+        line, piece = _divided(tl.full((), block, tl.int32), pieces)
+        ow = piece * BLOCK_M + tl.arange(0, BLOCK_M)
+        line_a, line_b, row_ok = line, line, ow < OUT_WIDTH
+        if not POINTWISE:
+            plane, oh = _divided(line, OUT_HEIGHT)
+            item, od = _divided(plane, OUT_DEPTH)
+            d, h = od * STRIDE_D - PADDING_D + kd * DILATION_D, oh * STRIDE_H - PADDING_H + kh * DILATION_H
+            line_b = (item * DEPTH + d) * HEIGHT + h
+            row_ok = row_ok & (_within(d, DEPTH) & _within(h, HEIGHT))
         left = tl.load(
-            a + (item * out_voxels + rows)[None, :] * A_CHANNELS + i[:, None],
-            mask=inside[None, :] & i_ok[:, None], other=0.0,
+            a + line_a.to(tl.int64) * OUT_WIDTH * A_CHANNELS + ow.to(tl.int64)[None, :] * A_CHANNELS + i[:, None],
+            mask=row_ok[None, :] & i_ok[:, None], other=0.0,
         )  # fmt: skip
-        at = item * (DEPTH * HEIGHT * WIDTH) + ((d * HEIGHT + h) * WIDTH + w)
+        w0 = ow * STRIDE_W - PADDING_W + kw * DILATION_W
+        lane, w = _across(j, w0, B_CHANNELS, DILATION_W)
+        inside = row_ok[:, None] & j_ok[None, :]
+        if not POINTWISE:
+            inside = inside & _within(w, WIDTH)
         right = tl.load(
-            b + at[:, None] * B_CHANNELS + j[None, :], mask=inside[:, None] & j_ok[None, :], other=0.0
-        )
+            b + line_b.to(tl.int64) * WIDTH * B_CHANNELS + w0.to(tl.int64)[:, None] * B_CHANNELS + lane[None, :],
+            mask=inside, other=0.0,
+        )  # fmt: skip
         total = _multiply(left, right, total, PRECISION, UPCAST)
-    share = tl.program_id(0) * (KERNEL_D * KERNEL_H * KERNEL_W) + tap
-    at = (share.to(tl.int64) * A_CHANNELS + i)[:, None] * B_CHANNELS + j[None, :]
+    share = tl.program_id(0) * (KERNEL_D * KERNEL_H * TAPS_W) + tap
+    at = (share.to(tl.int64) * A_CHANNELS + i)[:, None] * COLUMNS + j[None, :]
     tl.store(partial + at, total, mask=i_ok[:, None] & j_ok[None, :])

@@ -10,7 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from tucker_ops.backends.triton.config import DEFAULT, LEAST_BLOCK, Config, Configs, block_of, rows_of
+from tucker_ops.backends.triton.config import (
+    DEFAULT,
+    LEAST_BLOCK,
+    MOST_VOXELS,
+    Config,
+    Configs,
+    block_of,
+    rows_of,
+    with_room,
+)
 from tucker_ops.backends.triton.kernels import convolve_rows, outer_rows, reduce_rows
 from tucker_ops.ops.block import block_memory_format
 from tucker_ops.ops.reference import memory_format
@@ -50,6 +59,13 @@ class Geometry:
     @property
     def taps(self) -> int:
         return math.prod(self.kernel)
+
+    def of_gradient(self) -> Geometry:
+        """Of the gradient of a convolution at stride 1, which is one with the flipped kernel."""
+        spread = tuple(
+            d * (k - 1) - p for d, k, p in zip(self.dilation, self.kernel, self.padding, strict=True)
+        )
+        return replace(self, padding=spread, size=self.out_size, out_size=self.size)
 
     def constants(self) -> dict[str, int]:
         names = {
@@ -192,7 +208,15 @@ def convolve(
         mean, m2 = (values.new_empty((t.shape[0], blocks, channels), dtype=torch.float32) for _ in range(2))
     if stats == "covariance":
         covariance = values.new_empty((t.shape[0], blocks, channels, channels), dtype=torch.float32)
+    if transposed and geometry.stride == (1, 1, 1):
+        geometry, core, transposed = geometry.of_gradient(), core.flip(0), False
     size, produced = (geometry.out_size, geometry.size) if transposed else (geometry.size, geometry.out_size)
+    together = 1 if transposed else together_of(geometry.kernel, rank_in, config, t.dtype)
+    if together > 1:
+        block_k = block_of(together * rank_in, 2**20)
+    else:
+        block_k = block_of(rank_in, 2 * config.channels // t.dtype.itemsize)
+    config = with_room(config, (rows + block_r) * block_k * t.dtype.itemsize)
     contiguous = layout == torch.contiguous_format
     arguments = (
         t, core, u_out, bias, values, z, mean, m2, covariance, *size, *produced, rank_in, rank_out, channels,
@@ -202,8 +226,8 @@ def convolve(
     constants = {
         **geometry.constants(), "TRANSPOSED": transposed, "HAS_U": u_out is not None, "HAS_BIAS": bias is not None,
         "HAS_Z": keep, "HAS_STATS": mean is not None, "HAS_COVARIANCE": covariance is not None,
-        "BLOCK_M": rows, "BLOCK_K": block_of(rank_in, config.channels),
-        "BLOCK_R": block_r, "BLOCK_C": block_c, **arithmetic(t.dtype),
+        "TOGETHER": together, "BLOCK_M": rows, "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_C": block_c,
+        **arithmetic(t.dtype),
     }  # fmt: skip
     grid = (blocks, triton.cdiv(rank_out, block_r), t.shape[0])
     launch(convolve_rows, grid, arguments, constants, config)
@@ -235,20 +259,38 @@ def _combine(mean: Tensor, m2: Tensor, rows: int, voxels: int) -> tuple[Tensor, 
 def outer(a: Tensor, b: Tensor, geometry: Geometry, config: Config) -> Tensor:
     """[taps, A, B] in fp32: Σ over output voxels of a · bᵀ, b read through each tap, by `outer_rows`."""
     items, channels_a, channels_b = a.shape[0], a.shape[1], b.shape[1]
-    block_a, block_b = block_of(channels_a, 64), block_of(channels_b, 64)
-    blocks = items * triton.cdiv(math.prod(geometry.out_size), config.rows)
+    voxels = items * math.prod(geometry.size)
+    if geometry == Geometry.pointwise(geometry.size) and voxels <= MOST_VOXELS:
+        # One line of all voxels.
+        geometry, items = Geometry.pointwise([voxels]), 1
+    together = together_of(geometry.kernel, channels_b, config, a.dtype)
+    block_a, block_b = block_of(channels_a, 64), block_of(together * channels_b, 64 if together == 1 else 128)
+    taps = geometry.taps // together
+    depth, height, width = geometry.out_size
+    rows = block_of(width, config.rows)
+    blocks = items * depth * height * triton.cdiv(width, rows)
     each = max(4, triton.cdiv(blocks, MOST_SHARES))
     shares = triton.cdiv(blocks, each)
     partial = torch.empty(
-        (shares, geometry.taps, channels_a, channels_b), dtype=torch.float32, device=a.device
+        (shares, taps, channels_a, together * channels_b), dtype=torch.float32, device=a.device
     )
     arguments = (a, b, partial, items, *geometry.size, *geometry.out_size, channels_a, channels_b, each)
     constants = {
-        **geometry.constants(), "BLOCK_M": config.rows, "BLOCK_A": block_a, "BLOCK_B": block_b, **arithmetic(a.dtype)
+        **geometry.constants(), "TOGETHER": together, "BLOCK_M": rows, "BLOCK_A": block_a, "BLOCK_B": block_b,
+        **arithmetic(a.dtype),
     }  # fmt: skip
-    columns = triton.cdiv(channels_a, block_a) * triton.cdiv(channels_b, block_b)
-    launch(outer_rows, (shares, geometry.taps, columns), arguments, constants, config)
-    return partial.sum(0)
+    columns = triton.cdiv(channels_a, block_a) * triton.cdiv(together * channels_b, block_b)
+    launch(outer_rows, (shares, taps, columns), arguments, constants, config)
+    sums = partial.sum(0).view(taps, channels_a, together, channels_b)
+    return sums.transpose(1, 2).reshape(geometry.taps, channels_a, channels_b)
+
+
+def together_of(kernel: Sequence[int], channels: int, config: Config, dtype: torch.dtype) -> int:
+    """Taps along the width that `convolve_rows` and `outer_rows` read as one: all, unless that is too much at once."""
+    depth, height, width = kernel
+    # Of each step of the others there is a bit in 32.
+    few = depth * height < 32 and width * channels * dtype.itemsize <= 4 * config.channels
+    return width if few else 1
 
 
 def taps_first(core: Tensor, *, transposed: bool = False) -> Tensor:
