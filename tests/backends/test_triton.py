@@ -17,13 +17,16 @@ import torch
 import tucker_ops
 from tests.backends.test_select import PROBLEM
 from tucker_ops.backends import triton as backend
+from tucker_ops.backends.triton.config import SHARED_BYTES
 from tucker_ops.errors import BackendError
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+from bench.gpu.instructions import Recorder, compiled, disassembled
 
 CAPABILITIES = (80, 90, 100, 120)
-# The most that a program may have on a card of capability 8.6, 8.9 or 12.0.
-SHARED_BYTES = 99 * 1024
+# Instructions that keep a register in local memory, outside of loops for all that was seen.
+MOST_SPILLS = 8
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
@@ -44,45 +47,9 @@ def test_in_the_interpreter(repo_root):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-class Recorder:
-    """Takes the place of `launch.launch`: keeps what would have been started, and runs nothing."""
-
-    def __init__(self):
-        self.launches = {}
-
-    def __call__(self, kernel, grid, arguments, constants, config):
-        kinds = tuple(kind_of(argument) for argument in arguments)
-        self.launches[kernel.__name__, kinds, tuple(constants.items()), config] = kernel
-
-
-def kind_of(argument) -> tuple[str, object, bool]:
-    """Type of an argument in Triton's words, its value if that is compiled in, and whether 16 divides it."""
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-    if argument is None or (isinstance(argument, int) and argument == 1):
-        return "constexpr", argument, False
-    if isinstance(argument, torch.Tensor):
-        return f"*{names[argument.dtype]}", None, True
-    return ("fp32", None, False) if isinstance(argument, float) else ("i32", None, argument % 16 == 0)
-
-
-def compiled(kernel, kinds, constants, config, capability: int):
-    signature, values, attributes = {}, dict(constants), {}
-    for i, (name, (kind, value, divisible)) in enumerate(zip(kernel.arg_names, kinds, strict=False)):
-        signature[name] = kind
-        if kind == "constexpr":
-            values[name] = value
-        elif divisible:
-            attributes[i,] = [["tt.divisibility", 16]]
-    signature.update(dict.fromkeys(dict(constants), "constexpr"))
-    assert list(signature) == kernel.arg_names
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": config.warps, "num_stages": config.stages}
-    )
-
-
-def record(recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tuple[int, int]) -> None:
+def record(
+    recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tuple[int, int], variants: bool
+) -> None:
     """Everything that runs for one layer: forward, gradient, and blocks as a fused network has them."""
     from tucker_ops.backends.triton import launch
 
@@ -99,11 +66,13 @@ def record(recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tupl
     geometry = [[1] * 3] * 3
     launch.forward(x, u_in, core, u_out, bias, *geometry)
     launch.backward(x, x, u_in, core, u_out, *geometry, [True] * 5)
-    # At a stride, and in 2D, where an extent of 1 is compiled in.
-    launch.backward(coarse, x, u_in, core, u_out, [2] * 3, *geometry[1:], [True] * 5)
-    flat, flat_core = x[:, :, 0].contiguous(memory_format=torch.channels_last), empty(rank_out, rank_in, 3, 3)
-    launch.forward(flat, u_in, flat_core, u_out, bias, *[[1] * 2] * 3)
-    launch.backward(flat, flat, u_in, flat_core, u_out, *[[1] * 2] * 3, [True] * 5)
+    if variants:
+        # At a stride, and in 2D, where an extent of 1 is compiled in.
+        launch.backward(coarse, x, u_in, core, u_out, [2] * 3, *geometry[1:], [True] * 5)
+        flat = x[:, :, 0].contiguous(memory_format=torch.channels_last)
+        flat_core = empty(rank_out, rank_in, 3, 3)
+        launch.forward(flat, u_in, flat_core, u_out, bias, *[[1] * 2] * 3)
+        launch.backward(flat, flat, u_in, flat_core, u_out, *[[1] * 2] * 3, [True] * 5)
     # A block after a norm; one that reads a skip connection and what is upsampled; one that stays in rank space.
     pending = ([norm], [norm], [0.01])
     launch.block([x], [None], *pending, [u_in], None, core, *geometry, u_out, bias, "channel", False, False)
@@ -124,9 +93,15 @@ def record(recorder, monkeypatch, dtype: torch.dtype, channels: int, ranks: tupl
         False,
     )
     narrow = empty(1, rank_out, 8, 8, 8).contiguous(memory_format=torch.channels_last_3d)
+    core = core[: backend.MOST_COVARIANCE]
     launch.block(
         [narrow], [u_out], *pending, [u_in], None, core, *geometry, None, None, "covariance", False, False
     )
+
+
+def examined(*launch):
+    result = compiled(*launch)
+    return result, disassembled(result.asm["cubin"])
 
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
@@ -144,24 +119,30 @@ def test_compiles_for(precision, capability, monkeypatch, tmp_path):
     recorder = Recorder()
     try:
         torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-        record(recorder, monkeypatch, PRECISIONS[precision], 32, (16, 16))
+        layers = [(32, (16, 16))]
         if precision == "fp16":
-            record(recorder, monkeypatch, PRECISIONS[precision], 320, (72, 160))
+            layers += [(320, (72, 160))] + ([(3, (5, 6))] if capability == CAPABILITIES[0] else [])
+        for channels, ranks in layers:
+            record(
+                recorder, monkeypatch, PRECISIONS[precision], channels, ranks, capability == CAPABILITIES[0]
+            )
     finally:
         torch.backends.cudnn.conv.fp32_precision = setting
     assert {name for name, *_ in recorder.launches} == {"reduce_rows", "convolve_rows", "outer_rows"}
     # Most of a compilation runs outside Python's lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
-            launch: pool.submit(compiled, kernel, *launch[1:], capability)
-            for launch, kernel in recorder.launches.items()
+            launch: pool.submit(examined, kernel, *launch[1:], capability)
+            for launch, (kernel, _) in recorder.launches.items()
         }
     for (name, _, constants, _), job in jobs.items():
-        result = job.result()
-        assert result.asm["cubin"], name
+        result, code = job.result()
         if precision != "fp32":
             assert any(word in result.asm["ptx"] for word in TENSOR_CORES), f"{name} {constants}"
         assert result.metadata.shared <= SHARED_BYTES, f"{name} {constants}: {result.metadata.shared}"
+        # Ranks that 8 does not divide are read number by number, each at an address of its own.
+        if all(value == 8 for key, value in constants if key.startswith("UNIT")):
+            assert code.spills <= MOST_SPILLS, f"{name} {constants}: {code.spills}"
 
 
 @pytest.mark.slow
@@ -187,7 +168,7 @@ def test_what_tuning_tries_compiles(monkeypatch, tmp_path):
     # Of the sums, those of the core's weights, which read t through every tap.
     launches = {
         key: kernel
-        for key, kernel in recorder.launches.items()
+        for key, (kernel, _) in recorder.launches.items()
         if key[-1] in tried and (key[0] != "outer_rows" or dict(key[2])["KERNEL_D"] == 3)
     }
     assert {config for *_, config in launches} == tried
@@ -208,6 +189,16 @@ def test_not_available_without_a_gpu_and_says_so():
         tucker_ops.explain(replace(PROBLEM, device="cuda"), backend="triton")
     with pytest.raises(BackendError, match="computes on cuda"):
         tucker_ops.explain(PROBLEM, backend="triton")
+
+
+def test_what_is_too_large_to_count_is_declined():
+    long = replace(PROBLEM, input_size=(1, 1, 2**27))
+    verdict = backend._supports(long)
+    assert not verdict and "in a line of voxels" in verdict.reason
+    assert backend._supports(replace(PROBLEM, input_size=(2**10, 2**10, 2**10)))
+    many = replace(PROBLEM, input_size=(2**11, 2**10, 2**10))
+    verdict = backend._supports(many)
+    assert not verdict and "voxels an item" in verdict.reason
 
 
 def test_old_cards_and_unproven_ones_are_told(monkeypatch):

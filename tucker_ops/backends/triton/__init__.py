@@ -21,7 +21,8 @@ LEAST_CAPABILITY = 80
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # With u_out one program holds all output ranks of its voxels in registers; from there on ranks_in of the gradient too.
 MOST_RANKS = 512
-MOST_COVARIANCE = 128
+# Their products in fp32 are held beside the output ranks; of more, many registers would lie in memory.
+MOST_COVARIANCE = 64
 MOST_ITEMS = 65535
 PROVEN: frozenset[int] = frozenset()
 UNPROVEN_VARIABLE = "TUCKER_TRITON_UNPROVEN"
@@ -78,6 +79,14 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
                 False,
                 f"counts at most {MOST_VOXELS:,} voxels an item, with the padding around it, not {math.prod(size):,}",
             )
+    channels = problem.channels if isinstance(problem, BlockProblem) else (problem.in_channels,)
+    line = max(problem.input_size[-1], problem.output_size[-1])
+    line *= max(*channels, problem.rank_in, problem.rank_out, problem.out_channels)
+    if line > MOST_VOXELS:
+        return Verdict(
+            False,
+            f"counts at most {MOST_VOXELS:,} numbers in a line of voxels, not {line:,}: make another axis the last",
+        )
     if problem.batch > MOST_ITEMS:
         return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
     return Verdict(True, "float16, bfloat16 or float32 on the GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
-# Rows of an item, which are counted in 32 bits.
+# Rows of an item and numbers in a line of them, which are counted in 32 bits.
 MOST_VOXELS = 2**31 - 4096
 # Fewer do not make a matrix product on tensor cores.
 LEAST_BLOCK = 16

@@ -2,6 +2,9 @@
 
 Activations are channels-last, so that a voxel is a row of channels; 2D is 3D of depth 1. Ranks and channels are padded
 to blocks by masks. Products accumulate in fp32. Rows are counted in 32 bits within an item, elements in 64.
+
+Channels and ranks are given in units, of 8 where they can be: Triton takes an argument for aligned if 16 divides it, or
+not at all, and would read ranks like 24 and 40 number by number.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ def reduce_rows(
     HAS_MATRIX: tl.constexpr, HAS_EXPAND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_PARTIAL: tl.constexpr, ACTIVATION: tl.constexpr,
     STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
+    UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +76,11 @@ def reduce_rows(
 
     Program (block of rows, position in a cell and block of ranks, item). x [N, D·H·W, SOURCE_CHANNELS]; a source at
     1/STEP of the extents writes each of the STEP³ rows of its cell by a matrix of its own, [STEP³, RANK, CHANNELS].
-    Without a matrix the activated channels are t. scale, shift [N, CHANNELS] fp32; partial fp32, laid out as t.
+    Without a matrix the activated channels are t. UNIT_C: of CHANNELS, UNIT_S of SOURCE_CHANNELS, UNIT_R of RANK and
+    T_'s. scale, shift [N, CHANNELS] fp32; partial fp32, laid out as t.
     """
+    CHANNELS, SOURCE_CHANNELS = CHANNELS * UNIT_C, SOURCE_CHANNELS * UNIT_S
+    RANK, T_CHANNELS, T_FIRST = RANK * UNIT_R, T_CHANNELS * UNIT_R, T_FIRST * UNIT_R
     STEPS: tl.constexpr = STEP_D * STEP_H * STEP_W
     voxels = DEPTH * HEIGHT * WIDTH
     blocks_r = tl.cdiv(RANK, BLOCK_R)
@@ -145,26 +152,27 @@ def reduce_rows(
 def convolve_rows(
     t, core, u_out, bias, values, z, mean, m2, covariance,
     DEPTH, HEIGHT, WIDTH, OUT_DEPTH, OUT_HEIGHT, OUT_WIDTH, RANK_IN, RANK_OUT, CHANNELS,
-    U_RANK_STRIDE, U_CHANNEL_STRIDE, ROW_STRIDE, CHANNEL_STRIDE,
     KERNEL_D: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_STATS: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    U_RANKS_LAST: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    UNIT_K: tl.constexpr, UNIT_R: tl.constexpr, UNIT_C: tl.constexpr, TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """z = core ∗ t, then values = u_out · z + bias in the same program, or z + bias where there is no u_out.
 
     Program (block of output rows, block of ranks, item); with u_out one block holds all ranks. t [N, D·H·W, RANK_IN];
-    core [taps, RANK_IN, RANK_OUT]; values at row · ROW_STRIDE + channel · CHANNEL_STRIDE within an item; z channels-
-    last, rounded as the second product reads it. TRANSPOSED: the gradient of the convolution, D·H·W being the extents
-    of its output. TOGETHER: taps along the width, one or all, whose channels are one block of the sum: they lie side by
-    side in t, and so do their weights. mean, m2 [N, blocks, CHANNELS], covariance [N, blocks, CHANNELS, CHANNELS]: of
-    the fp32 values of each block of rows; the latter without u_out only.
+    core [taps, RANK_IN, RANK_OUT]; u_out [CHANNELS, RANK_OUT] or the other way round; z channels-last, rounded as the
+    second product reads it. UNIT_K: of RANK_IN, UNIT_R of RANK_OUT, UNIT_C of CHANNELS. TRANSPOSED: the gradient of the
+    convolution, D·H·W being the extents of its output. TOGETHER: taps along the width, one or all, whose channels are
+    one block of the sum: they lie side by side in t, and so do their weights. mean, m2 [N, blocks, CHANNELS] and
+    covariance [N, blocks, CHANNELS, CHANNELS]: of the fp32 values of each block of rows; the latter without u_out only.
     """
+    RANK_IN, RANK_OUT, CHANNELS = RANK_IN * UNIT_K, RANK_OUT * UNIT_R, CHANNELS * UNIT_C
     voxels, out_voxels = DEPTH * HEIGHT * WIDTH, OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
     item = tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -226,7 +234,7 @@ def convolve_rows(
     if HAS_Z:
         z_at = (first_row + rows.to(tl.int64))[:, None] * RANK_OUT + r[None, :]
         tl.store(z + z_at, _rounded(total, z.dtype.element_ty, UPCAST), mask=row_ok[:, None] & r_ok[None, :])
-    base = first_row * CHANNELS + rows.to(tl.int64)[:, None] * ROW_STRIDE
+    base = first_row * CHANNELS + rows.to(tl.int64)[:, None] * (CHANNELS if CHANNELS_LAST else 1)
     block = item * tl.num_programs(0) + tl.program_id(0)
     count = tl.minimum(out_voxels - tl.program_id(0) * BLOCK_M, BLOCK_M).to(tl.float32)
     if HAS_U:
@@ -234,8 +242,12 @@ def convolve_rows(
         for c0 in range(0, CHANNELS, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             c_ok = c < CHANNELS
+            if U_RANKS_LAST:
+                u_at = c[None, :] * RANK_OUT + r[:, None]
+            else:
+                u_at = r[:, None] * CHANNELS + c[None, :]
             wide = tl.load(
-                u_out + r[:, None] * U_RANK_STRIDE + c[None, :] * U_CHANNEL_STRIDE,
+                u_out + u_at,
                 mask=r_ok[:, None] & c_ok[None, :], other=0.0,
             )  # fmt: skip
             out = _multiply(narrow, wide, tl.zeros((BLOCK_M, BLOCK_C), tl.float32), PRECISION, UPCAST)
@@ -245,7 +257,7 @@ def convolve_rows(
                 _store_statistics(
                     out, row_ok, count, mean + block * CHANNELS + c, m2 + block * CHANNELS + c, c_ok
                 )
-            out_at = base + c.to(tl.int64)[None, :] * CHANNEL_STRIDE
+            out_at = base + (c[None, :] if CHANNELS_LAST else c.to(tl.int64)[None, :] * out_voxels)
             tl.store(
                 values + out_at,
                 _rounded(out, values.dtype.element_ty, UPCAST),
@@ -259,10 +271,10 @@ def convolve_rows(
                 total, row_ok, count, mean + block * CHANNELS + r, m2 + block * CHANNELS + r, r_ok
             )
             if HAS_COVARIANCE:
-                products = tl.dot(tl.trans(deviation), deviation, input_precision="ieee")
+                products = tl.dot(tl.trans(deviation), deviation, input_precision="tf32x3")
                 cells = (block.to(tl.int64) * CHANNELS + r)[:, None] * CHANNELS + r[None, :]
                 tl.store(covariance + cells, products, mask=r_ok[:, None] & r_ok[None, :])
-        out_at = base + r.to(tl.int64)[None, :] * CHANNEL_STRIDE
+        out_at = base + (r[None, :] if CHANNELS_LAST else r.to(tl.int64)[None, :] * out_voxels)
         tl.store(
             values + out_at,
             _rounded(total, values.dtype.element_ty, UPCAST),
@@ -288,7 +300,8 @@ def outer_rows(
     STRIDE_D: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PADDING_D: tl.constexpr, PADDING_H: tl.constexpr, PADDING_W: tl.constexpr,
     DILATION_D: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    UNIT_A: tl.constexpr, UNIT_B: tl.constexpr, TOGETHER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """partial[p, tap, i, j] = Σ over the p-th share of output voxels m of a[m, i] · b[what m reads through tap, j].
@@ -299,6 +312,7 @@ def outer_rows(
     in memory. partial [shares, taps, A_CHANNELS, TOGETHER · B_CHANNELS] in fp32, to be added up in order: the same sum
     every time.
     """
+    A_CHANNELS, B_CHANNELS = A_CHANNELS * UNIT_A, B_CHANNELS * UNIT_B
     COLUMNS = TOGETHER * B_CHANNELS
     blocks_b = tl.cdiv(COLUMNS, BLOCK_B)
     i = (tl.program_id(2) // blocks_b) * BLOCK_A + tl.arange(0, BLOCK_A)
@@ -314,18 +328,18 @@ def outer_rows(
     pieces = tl.cdiv(OUT_WIDTH, BLOCK_M)
     total = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     first = tl.program_id(0) * BLOCKS_EACH
-    for block in range(first, tl.minimum(first + BLOCKS_EACH, ITEMS * OUT_DEPTH * OUT_HEIGHT * pieces)):
-        line, piece = _divided(tl.full((), block, tl.int32), pieces)
+    line, piece = _divided(first, pieces)
+    plane, oh = _divided(line, OUT_HEIGHT)
+    item, od = _divided(plane, OUT_DEPTH)
+    for _ in range(first, tl.minimum(first + BLOCKS_EACH, ITEMS * OUT_DEPTH * OUT_HEIGHT * pieces)):
         ow = piece * BLOCK_M + tl.arange(0, BLOCK_M)
         line_a, line_b, row_ok = line, line, ow < OUT_WIDTH
         if not POINTWISE:
-            plane, oh = _divided(line, OUT_HEIGHT)
-            item, od = _divided(plane, OUT_DEPTH)
             d, h = od * STRIDE_D - PADDING_D + kd * DILATION_D, oh * STRIDE_H - PADDING_H + kh * DILATION_H
             line_b = (item * DEPTH + d) * HEIGHT + h
             row_ok = row_ok & (_within(d, DEPTH) & _within(h, HEIGHT))
         left = tl.load(
-            a + line_a.to(tl.int64) * OUT_WIDTH * A_CHANNELS + ow.to(tl.int64)[None, :] * A_CHANNELS + i[:, None],
+            a + line_a.to(tl.int64) * OUT_WIDTH * A_CHANNELS + (ow[None, :] * A_CHANNELS + i[:, None]),
             mask=row_ok[None, :] & i_ok[:, None], other=0.0,
         )  # fmt: skip
         w0 = ow * STRIDE_W - PADDING_W + kw * DILATION_W
@@ -334,10 +348,18 @@ def outer_rows(
         if not POINTWISE:
             inside = inside & _within(w, WIDTH)
         right = tl.load(
-            b + line_b.to(tl.int64) * WIDTH * B_CHANNELS + w0.to(tl.int64)[:, None] * B_CHANNELS + lane[None, :],
+            b + line_b.to(tl.int64) * WIDTH * B_CHANNELS + (w0[:, None] * B_CHANNELS + lane[None, :]),
             mask=inside, other=0.0,
         )  # fmt: skip
         total = _multiply(left, right, total, PRECISION, UPCAST)
+        # To the next block, without a division.
+        piece += 1
+        over = (piece == pieces).to(tl.int32)
+        piece, line, oh = piece * (1 - over), line + over, oh + over
+        over = (oh == OUT_HEIGHT).to(tl.int32)
+        oh, od = oh * (1 - over), od + over
+        over = (od == OUT_DEPTH).to(tl.int32)
+        od, item = od * (1 - over), item + over
     share = tl.program_id(0) * (KERNEL_D * KERNEL_H * TAPS_W) + tap
     at = (share.to(tl.int64) * A_CHANNELS + i)[:, None] * COLUMNS + j[None, :]
     tl.store(partial + at, total, mask=i_ok[:, None] & j_ok[None, :])

@@ -145,14 +145,16 @@ def reduce_into(
         math.prod(steps) * triton.cdiv(ranks, block_r),
         x.shape[0],
     )
+    unit_c, unit_s, unit_r = unit_of(channels), unit_of(source_channels), unit_of(ranks, t.shape[1], first)
     arguments = (
-        x, matrix, expand, scale, shift, in_bias, partial, t,
-        *size, channels, source_channels, ranks, t.shape[1], first, float(slope),
+        x, matrix, expand, scale, shift, in_bias, partial, t, *size, channels // unit_c, source_channels // unit_s,
+        ranks // unit_r, t.shape[1] // unit_r, first // unit_r, float(slope),
     )  # fmt: skip
     constants = {
         "HAS_MATRIX": matrix is not None, "HAS_EXPAND": expand is not None, "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None, "HAS_BIAS": in_bias is not None, "HAS_PARTIAL": partial is not None,
         "ACTIVATION": slope != 1, "STEP_D": steps[0], "STEP_H": steps[1], "STEP_W": steps[2],
+        "UNIT_C": unit_c, "UNIT_S": unit_s, "UNIT_R": unit_r,
         "BLOCK_M": rows, "BLOCK_C": block_c, "BLOCK_E": block_e, "BLOCK_R": block_r, **arithmetic(x.dtype),
     }  # fmt: skip
     launch(reduce_rows, grid, arguments, constants, config)
@@ -200,7 +202,8 @@ def convolve(
     z = empty_rows(t, rank_out, out_size) if keep else None
     block_r = block_of(rank_out, MOST_COLUMNS if u_out is None else 2**20)
     block_c = block_of(channels, 64)
-    rows = rows_of(config, block_r)
+    # Deviations lie in shared memory four times for their products.
+    rows = rows_of(config, block_r * (2 if stats == "covariance" else 1))
     voxels = math.prod(out_size)
     blocks = triton.cdiv(voxels, rows)
     mean = m2 = covariance = None
@@ -217,15 +220,18 @@ def convolve(
     else:
         block_k = block_of(rank_in, 2 * config.channels // t.dtype.itemsize)
     config = with_room(config, (rows + block_r) * block_k * t.dtype.itemsize)
-    contiguous = layout == torch.contiguous_format
+    if u_out is not None and not (u_out.is_contiguous() or u_out.T.is_contiguous()):
+        u_out = u_out.contiguous()
+    unit_k, unit_r, unit_c = unit_of(rank_in), unit_of(rank_out), unit_of(channels)
     arguments = (
-        t, core, u_out, bias, values, z, mean, m2, covariance, *size, *produced, rank_in, rank_out, channels,
-        *((u_out.stride(1), u_out.stride(0)) if u_out is not None else (0, 0)),
-        *((1, voxels) if contiguous else (channels, 1)),
+        t, core, u_out, bias, values, z, mean, m2, covariance, *size, *produced,
+        rank_in // unit_k, rank_out // unit_r, channels // unit_c,
     )  # fmt: skip
     constants = {
         **geometry.constants(), "TRANSPOSED": transposed, "HAS_U": u_out is not None, "HAS_BIAS": bias is not None,
         "HAS_Z": keep, "HAS_STATS": mean is not None, "HAS_COVARIANCE": covariance is not None,
+        "U_RANKS_LAST": u_out is not None and u_out.is_contiguous(),
+        "CHANNELS_LAST": layout != torch.contiguous_format, "UNIT_K": unit_k, "UNIT_R": unit_r, "UNIT_C": unit_c,
         "TOGETHER": together, "BLOCK_M": rows, "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_C": block_c,
         **arithmetic(t.dtype),
     }  # fmt: skip
@@ -260,7 +266,7 @@ def outer(a: Tensor, b: Tensor, geometry: Geometry, config: Config) -> Tensor:
     """[taps, A, B] in fp32: Σ over output voxels of a · bᵀ, b read through each tap, by `outer_rows`."""
     items, channels_a, channels_b = a.shape[0], a.shape[1], b.shape[1]
     voxels = items * math.prod(geometry.size)
-    if geometry == Geometry.pointwise(geometry.size) and voxels <= MOST_VOXELS:
+    if geometry == Geometry.pointwise(geometry.size) and voxels * max(channels_a, channels_b) <= MOST_VOXELS:
         # One line of all voxels.
         geometry, items = Geometry.pointwise([voxels]), 1
     together = together_of(geometry.kernel, channels_b, config, a.dtype)
@@ -274,15 +280,23 @@ def outer(a: Tensor, b: Tensor, geometry: Geometry, config: Config) -> Tensor:
     partial = torch.empty(
         (shares, taps, channels_a, together * channels_b), dtype=torch.float32, device=a.device
     )
-    arguments = (a, b, partial, items, *geometry.size, *geometry.out_size, channels_a, channels_b, each)
+    unit_a, unit_b = unit_of(channels_a), unit_of(channels_b)
+    arguments = (
+        a, b, partial, items, *geometry.size, *geometry.out_size, channels_a // unit_a, channels_b // unit_b, each
+    )  # fmt: skip
     constants = {
-        **geometry.constants(), "TOGETHER": together, "BLOCK_M": rows, "BLOCK_A": block_a, "BLOCK_B": block_b,
-        **arithmetic(a.dtype),
+        **geometry.constants(), "UNIT_A": unit_a, "UNIT_B": unit_b, "TOGETHER": together,
+        "BLOCK_M": rows, "BLOCK_A": block_a, "BLOCK_B": block_b, **arithmetic(a.dtype),
     }  # fmt: skip
     columns = triton.cdiv(channels_a, block_a) * triton.cdiv(together * channels_b, block_b)
     launch(outer_rows, (shares, taps, columns), arguments, constants, config)
     sums = partial.sum(0).view(taps, channels_a, together, channels_b)
     return sums.transpose(1, 2).reshape(geometry.taps, channels_a, channels_b)
+
+
+def unit_of(*counts: int) -> int:
+    """In which to count channels: 8, a load of 16 bytes, where it divides all of them."""
+    return 1 if any(count % 8 for count in counts) else 8
 
 
 def together_of(kernel: Sequence[int], channels: int, config: Config, dtype: torch.dtype) -> int:
