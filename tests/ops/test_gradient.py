@@ -15,10 +15,11 @@ from tucker_ops.ops.reference import memory_format, three_convs_backward, three_
 CASES = random_cases(60, seed=2)
 SMALL = Case(0, 2, (5, 4, 3, 6), (4, 5, 6), (3, 3, 3), (1, 2, 1), (1, 1, 1), (1, 1, 1), True, "contiguous")
 # As everywhere: float64 gradients of the same rounded operands (tests/ops/problems.py), here by dtype. Measured: fp32
-# 6e-7, bf16 5e-3.
+# 6e-7, bf16 5e-3, fp16, of which Triton alone has gradients, 7e-4 in its interpreter.
 # Gradients are in the hundreds here, and their rounding depends on where in memory operands lie.
 OPCHECK = {"atol": 1e-3, "rtol": 1e-5}
-LIMITS = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
+LIMITS = {torch.float32: 5e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+ON_CPU = (torch.float32, torch.bfloat16)
 
 
 def call_of(case: Case, dtype: torch.dtype) -> tuple:
@@ -51,7 +52,7 @@ def backends() -> list[str]:
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["recomputed", "kept"])
-@pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ON_CPU, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("backend", backends())
 def test_gradients_match_float64(backend, dtype, kept, poisoned):
     if not tucker_ops.backends()[backend].ok:
@@ -61,7 +62,7 @@ def test_gradients_match_float64(backend, dtype, kept, poisoned):
         check(case, dtype, backend, kept=kept)
 
 
-@pytest.mark.parametrize("dtype", list(LIMITS), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ON_CPU, ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("size", "kernel", "stride"), [(3, 5, 1), (4, 5, 1), (2, 3, 1), (6, 7, 2), (9, 1, 2)], ids=str
 )

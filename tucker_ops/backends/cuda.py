@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tucker_ops.backends import native, tuned
 from tucker_ops.backends.base import Backend, Verdict
+from tucker_ops.backends.gpu import countable
 from tucker_ops.errors import BackendError
 from tucker_ops.ops.block import block_memory_format
 from tucker_ops.ops.reference import memory_format
@@ -27,8 +28,6 @@ PROVEN: frozenset[int] = frozenset()
 UNPROVEN_VARIABLE = "TUCKER_CUDA_UNPROVEN"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_SOURCES = 4
-MOST_VOXELS = 2**31 - 4096
-MOST_ITEMS = 65535
 # Shared memory of a block and of a multiprocessor where torch does not tell.
 _SHARED = {75: (64, 64), 80: (163, 164), 86: (99, 100), 87: (163, 164), 89: (99, 100), 90: (227, 228)}
 
@@ -200,12 +199,7 @@ def _supports_capability(dtype: torch.dtype, capability: int) -> Verdict:
 
 
 def _fits(problem: Problem | BlockProblem) -> Verdict:
-    for size in (problem.input_size, problem.output_size):
-        if math.prod(size) > MOST_VOXELS:
-            return Verdict(False, f"counts at most {MOST_VOXELS:,} voxels an item, not {math.prod(size):,}")
-    if problem.batch > MOST_ITEMS:
-        return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
-    return Verdict(True, "float16, bfloat16 or float32 on the GPU")
+    return countable(problem, (problem.input_size, problem.output_size))
 
 
 def _supports(problem: Problem) -> Verdict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -64,10 +64,12 @@ def kind_of(dtype: torch.dtype, tf32: bool) -> str:
     return "tf32" if dtype == torch.float32 and tf32 else str(dtype).removeprefix("torch.")
 
 
-def read(path: Path, entries: int = 3) -> dict[str, list[int]]:
+def read(
+    path: Path, entries: int = 3, check: Callable[[list[int]], object] | None = None
+) -> dict[str, list[int]]:
     """A table's problems, with so many integers each; empty where there is none.
 
-    Raises BackendError for a file that is no such table.
+    `check` raises ValueError for integers that are no choice. Raises BackendError for a file that is no such table.
     """
     try:
         problems = json.loads(path.read_text())["problems"]
@@ -76,6 +78,8 @@ def read(path: Path, entries: int = 3) -> dict[str, list[int]]:
             for v in problems.values()
         ):
             raise ValueError(f"entries must be {entries} integers")
+        for values in problems.values() if check else ():
+            check(values)
         return problems
     except FileNotFoundError:
         return {}

@@ -6,7 +6,6 @@ statistics. The gradient is made of the same kernels and a third. Triton itself 
 
 from __future__ import annotations
 
-import math
 import os
 from functools import cache
 from importlib.machinery import PathFinder
@@ -14,7 +13,7 @@ from importlib.machinery import PathFinder
 import torch
 
 from tucker_ops.backends.base import Backend, Derivative, Verdict
-from tucker_ops.backends.triton.config import MOST_VOXELS
+from tucker_ops.backends.gpu import MOST_VOXELS, countable
 from tucker_ops.types import BlockProblem, Problem
 
 LEAST_CAPABILITY = 80
@@ -23,7 +22,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_RANKS = 512
 # Their products in fp32 are held beside the output ranks; of more, many registers would lie in memory.
 MOST_COVARIANCE = 64
-MOST_ITEMS = 65535
 PROVEN: frozenset[int] = frozenset()
 UNPROVEN_VARIABLE = "TUCKER_TRITON_UNPROVEN"
 
@@ -72,13 +70,6 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
             False,
             f"holds at most {MOST_RANKS} ranks in registers, not {max(problem.rank_in, problem.rank_out)}",
         )
-    padded = [n + 2 * p for n, p in zip(problem.input_size, problem.padding, strict=True)]
-    for size in (padded, problem.output_size):
-        if math.prod(size) > MOST_VOXELS:
-            return Verdict(
-                False,
-                f"counts at most {MOST_VOXELS:,} voxels an item, with the padding around it, not {math.prod(size):,}",
-            )
     channels = problem.channels if isinstance(problem, BlockProblem) else (problem.in_channels,)
     line = max(problem.input_size[-1], problem.output_size[-1])
     line *= max(*channels, problem.rank_in, problem.rank_out, problem.out_channels)
@@ -87,9 +78,9 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
             False,
             f"counts at most {MOST_VOXELS:,} numbers in a line of voxels, not {line:,}: make another axis the last",
         )
-    if problem.batch > MOST_ITEMS:
-        return Verdict(False, f"takes at most {MOST_ITEMS:,} items at once, not {problem.batch:,}")
-    return Verdict(True, "float16, bfloat16 or float32 on the GPU")
+    # Rows read from the padding on, so that is counted as well.
+    padded = tuple(n + 2 * p for n, p in zip(problem.input_size, problem.padding, strict=True))
+    return countable(problem, (padded, problem.output_size))
 
 
 def _prefers(problem: Problem | BlockProblem) -> Verdict:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 
-# Rows of an item and numbers in a line of them, which are counted in 32 bits.
-MOST_VOXELS = 2**31 - 4096
 # Fewer do not make a matrix product on tensor cores.
 LEAST_BLOCK = 16
 # Of a program on a card of capability 8.6, 8.9 or 12.0, the least of all from 8.0 on.
@@ -26,6 +24,19 @@ class Config:
     channels: int
     warps: int
     stages: int
+
+    def __post_init__(self):
+        """Raises ValueError for what no kernel can be cut into: a table of choices is a file that anyone may edit."""
+        for field, least, most in (
+            ("rows", LEAST_BLOCK, 1024),
+            ("channels", LEAST_BLOCK, 1024),
+            ("warps", 1, 32),
+        ):
+            value = getattr(self, field)
+            if not least <= value <= most or value & (value - 1):
+                raise ValueError(f"{field} must be a power of two from {least} to {most}, not {value}")
+        if not 1 <= self.stages <= 16:
+            raise ValueError(f"stages must be 1 to 16, not {self.stages}")
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from tucker_ops.backends.gpu import MOST_VOXELS
 from tucker_ops.backends.triton.config import (
     DEFAULT,
     LEAST_BLOCK,
-    MOST_VOXELS,
     Config,
     Configs,
     block_of,

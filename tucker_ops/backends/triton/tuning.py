@@ -98,7 +98,7 @@ def _times(problem: Problem, kernel: str, best: Configs, call, timer: Timer) -> 
 def save(tunings: Iterable[TritonTuning], tf32: bool, notes: dict[str, str]) -> str:
     """Adds what was found to the table of torch's current card; returns the table's path."""
     path = tuned.table_path(torch.cuda.get_device_name(), COMPILER)
-    problems = tuned.read(path, ENTRIES)
+    problems = tuned.read(path, ENTRIES, from_integers)
     for tuning in tunings:
         problems[tuned.key_of_problem(tuning.problem, tf32)] = as_integers(tuning.best)
     tuned.write(path, problems, notes)
@@ -108,7 +108,7 @@ def save(tunings: Iterable[TritonTuning], tf32: bool, notes: dict[str, str]) -> 
 
 @cache
 def _table(index: int) -> dict[str, list[int]]:
-    return tuned.read(tuned.table_path(torch.cuda.get_device_name(index), COMPILER), ENTRIES)
+    return tuned.read(tuned.table_path(torch.cuda.get_device_name(index), COMPILER), ENTRIES, from_integers)
 
 
 def configs_of(
