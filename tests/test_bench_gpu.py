@@ -321,7 +321,7 @@ def test_without_a_gpu_it_says_so(capsys):
 
 def test_instructions_are_counted_without_a_gpu():
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-    from bench.gpu.instructions import Code, _issued, table
+    from bench.gpu.instructions import Code, _executed, table
     from tucker_ops.backends.triton import launch
 
     run = launch.launch
@@ -337,11 +337,11 @@ def test_instructions_are_counted_without_a_gpu():
             int(word) for word in line.strip("| ").split(" | ")[2:]
         )
         assert 16 <= registers <= 255 and spills == 0 and 0 < shared <= 99 and instructions >= 4
-    # 100 instructions, of which 20 run nine times and 30 twice: 100 + 8 · 20 + 30, by 4 warps, for 128 voxels.
+    # 100 instructions, of which 20 run nine times and 30 twice: 100 + 8 · 20 + 30.
     code = Code(32, 0, 100, ((20, False), (30, True)))
-    constants = {"BLOCK_M": 128, "BLOCK_K": 64, "BLOCK_C": 32, "TOGETHER": 3, "UNIT_K": 8, "UNIT_C": 8}
+    constants = {"BLOCK_K": 64, "BLOCK_C": 32, "TOGETHER": 3, "UNIT_K": 8, "UNIT_C": 8}
     constants |= {f"KERNEL_{axis}": 3 for axis in "DHW"}
-    assert _issued("convolve_rows", code, constants, {"RANK_IN": 2, "CHANNELS": 8}, 4) == 290 * 4 / 128
+    assert _executed("convolve_rows", code, constants, {"RANK_IN": 2, "CHANNELS": 8}) == 290
 
 
 def test_it_needs_neither_nnunet_nor_plots(repo_root):

@@ -33,7 +33,7 @@ class Recorder:
 
     def __call__(self, kernel, grid, arguments, constants, config):
         kinds = tuple(kind_of(argument) for argument in arguments)
-        self.launches[kernel.__name__, kinds, tuple(constants.items()), config] = kernel, arguments
+        self.launches[kernel.__name__, kinds, tuple(constants.items()), config] = kernel, arguments, grid
 
 
 def kind_of(argument) -> tuple[str, object, bool]:
@@ -105,12 +105,11 @@ def disassembled(cubin: bytes) -> Code:
     return Code(int(re.search(r"REG:(\d+)", usage)[1]), spills, len(instructions), tuple(loops))
 
 
-def _issued(name: str, code: Code, constants: dict, arguments: dict, warps: int) -> float:
-    """Warp instructions a voxel; a loop that is not in the code any more was unrolled."""
-    rows = constants["BLOCK_M"]
-    taps = math.prod(constants.get(f"KERNEL_{axis}", 1) for axis in "DHW") // constants.get("TOGETHER", 1)
+def _executed(name: str, code: Code, constants: dict, arguments: dict) -> int:
+    """Instructions of one warp; a loop that is not in the code any more was unrolled."""
     if name == "convolve_rows":
         wide = constants["TOGETHER"] > 1
+        taps = math.prod(constants[f"KERNEL_{axis}"] for axis in "DHW") // constants["TOGETHER"]
         steps = taps * (
             1 if wide else triton.cdiv(arguments["RANK_IN"] * constants["UNIT_K"], constants["BLOCK_K"])
         )
@@ -118,10 +117,8 @@ def _issued(name: str, code: Code, constants: dict, arguments: dict, warps: int)
     elif name == "reduce_rows":
         steps = after = triton.cdiv(arguments["CHANNELS"] * constants["UNIT_C"], constants["BLOCK_C"])
     else:
-        steps, after = arguments["BLOCKS_EACH"], 0
-        rows *= steps
-    total = code.instructions + sum(size * ((after if stores else steps) - 1) for size, stores in code.loops)
-    return total * warps / rows * (taps if name == "outer_rows" else 1)
+        steps = after = arguments["BLOCKS_EACH"]
+    return code.instructions + sum(size * ((after if stores else steps) - 1) for size, stores in code.loops)
 
 
 def table(channels: int, rank: int, extent: int, dtype: torch.dtype, capability: int) -> str:
@@ -143,15 +140,15 @@ def table(channels: int, rank: int, extent: int, dtype: torch.dtype, capability:
         "| | kernel | rows | registers | spills | shared, KB | instructions a voxel |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for i, (key, (kernel, arguments)) in enumerate(recorder.launches.items()):
+    for i, (key, (kernel, arguments, grid)) in enumerate(recorder.launches.items()):
         name, kinds, constants, config = key
         result = compiled(kernel, kinds, constants, config, capability)
         code, constants = disassembled(result.asm["cubin"]), dict(constants)
-        named = dict(zip(kernel.arg_names, arguments, strict=False))
+        executed = _executed(name, code, constants, dict(zip(kernel.arg_names, arguments, strict=False)))
+        issued = executed * config.warps * math.prod(grid) / extent**3
         lines.append(
             f"| {'forward' if i < forward else 'gradient'} | {name} | {constants['BLOCK_M']} | {code.registers} | "
-            f"{code.spills} | {result.metadata.shared / 1024:.0f} | "
-            f"{_issued(name, code, constants, named, config.warps):.0f} |"
+            f"{code.spills} | {result.metadata.shared / 1024:.0f} | {issued:.0f} |"
         )
     return "\n".join(lines)
 

@@ -133,16 +133,82 @@ def test_compiles_for(precision, capability, monkeypatch, tmp_path):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
             launch: pool.submit(examined, kernel, *launch[1:], capability)
-            for launch, (kernel, _) in recorder.launches.items()
+            for launch, (kernel, *_) in recorder.launches.items()
         }
     for (name, _, constants, _), job in jobs.items():
         result, code = job.result()
         if precision != "fp32":
             assert any(word in result.asm["ptx"] for word in TENSOR_CORES), f"{name} {constants}"
+        assert ("cvt.rna.tf32" in result.asm["ptx"]) == (
+            precision == "tf32" or dict(constants).get("HAS_COVARIANCE", False)
+        )
         assert result.metadata.shared <= SHARED_BYTES, f"{name} {constants}: {result.metadata.shared}"
         # Ranks that 8 does not divide are read number by number, each at an address of its own.
         if all(value == 8 for key, value in constants if key.startswith("UNIT")):
             assert code.spills <= MOST_SPILLS, f"{name} {constants}: {code.spills}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "fp32", "fp16"])
+def test_there_is_room_for_many_ranks(precision, monkeypatch, tmp_path):
+    """Shared memory of the least card, for forward, gradient and what is expanded, up to the most ranks."""
+    from tucker_ops.backends.triton import launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    setting, recorder = torch.backends.cudnn.conv.fp32_precision, Recorder()
+    monkeypatch.setattr(launch, "launch", recorder)
+    last, ones = torch.channels_last_3d, [[1] * 3] * 3
+    try:
+        torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        for rank, channels in ((96, 96), (128, 33), (512, 320)):
+            x = torch.empty(1, channels, 4, 4, 4, dtype=PRECISIONS[precision]).contiguous(memory_format=last)
+            weights = [x.new_empty(s) for s in ((rank, channels), (rank, rank, 3, 3, 3), (channels, rank))]
+            launch.forward(x, *weights, None, *ones)
+            launch.backward(x, x, *weights, *ones, [True, True, False, False, False])
+        t = x.new_empty(1, 512, 4, 4, 4).contiguous(memory_format=last)
+        narrow = x.new_empty(1, 16, 4, 4, 4).contiguous(memory_format=last)
+        expand = x.new_empty(512, 512)
+        launch.reduce_into(t, t, launch.DEFAULT.reduce, expand=expand)
+        launch.reduce_into(narrow, t, launch.DEFAULT.reduce, expand=expand, matrix=x.new_empty(16, 512))
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = setting
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            key: pool.submit(compiled, kernel, *key[1:], CAPABILITIES[0])
+            for key, (kernel, *_) in recorder.launches.items()
+        }
+    for key, job in jobs.items():
+        assert job.result().metadata.shared <= SHARED_BYTES, (job.result().metadata.shared, key)
+    with pytest.raises(BackendError, match="at most 512 ranks"):
+        wide = x.new_empty(1, 600, 1, 1, 1).contiguous(memory_format=last)
+        launch.reduce_into(t, wide, launch.DEFAULT.reduce, expand=x.new_empty(512, 600))
+
+
+def test_kernels_start_on_the_card_of_their_tensors(monkeypatch):
+    """Triton takes torch's current one, whatever its arguments are."""
+    from tucker_ops.backends.triton import launch
+
+    entered = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            entered.append(self.tensor)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    class Kernel:
+        def __getitem__(self, grid):
+            assert entered[-1] is x
+            return lambda *arguments, **options: None
+
+    x = torch.empty(1)
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    launch.launch(Kernel(), (1,), (x,), {}, launch.DEFAULT.reduce)
+    assert entered == [x, None]
 
 
 @pytest.mark.slow
@@ -168,7 +234,7 @@ def test_what_tuning_tries_compiles(monkeypatch, tmp_path):
     # Of the sums, those of the core's weights, which read t through every tap.
     launches = {
         key: kernel
-        for key, (kernel, _) in recorder.launches.items()
+        for key, (kernel, *_) in recorder.launches.items()
         if key[-1] in tried and (key[0] != "outer_rows" or dict(key[2])["KERNEL_D"] == 3)
     }
     assert {config for *_, config in launches} == tried
@@ -199,6 +265,9 @@ def test_what_is_too_large_to_count_is_declined():
     many = replace(PROBLEM, input_size=(2**11, 2**10, 2**10))
     verdict = backend._supports(many)
     assert not verdict and "voxels an item" in verdict.reason
+    narrow = replace(PROBLEM, batch=16, input_size=(2**14, 2**14, 1))
+    verdict = backend._supports(narrow)
+    assert not verdict and "blocks of voxels" in verdict.reason
 
 
 def test_old_cards_and_unproven_ones_are_told(monkeypatch):

@@ -6,6 +6,7 @@ statistics. The gradient is made of the same kernels and a third. Triton itself 
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from importlib.machinery import PathFinder
@@ -13,7 +14,7 @@ from importlib.machinery import PathFinder
 import torch
 
 from tucker_ops.backends.base import Backend, Derivative, Verdict
-from tucker_ops.backends.gpu import MOST_VOXELS, countable
+from tucker_ops.backends.gpu import MOST_ITEMS, MOST_VOXELS, countable
 from tucker_ops.types import BlockProblem, Problem
 
 LEAST_CAPABILITY = 80
@@ -78,6 +79,10 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
             False,
             f"counts at most {MOST_VOXELS:,} numbers in a line of voxels, not {line:,}: make another axis the last",
         )
+    # Sums go by blocks of a line, of no fewer voxels than these, counted over all items.
+    blocks = problem.batch * math.prod(problem.output_size[:-1]) * math.ceil(problem.output_size[-1] / 16)
+    if blocks > MOST_VOXELS:
+        return Verdict(False, f"counts at most {MOST_VOXELS:,} blocks of voxels in all items, not {blocks:,}")
     # Rows read from the padding on, so that is counted as well.
     padded = tuple(n + 2 * p for n, p in zip(problem.input_size, problem.padding, strict=True))
     return countable(problem, (padded, problem.output_size))
@@ -102,6 +107,11 @@ def _supports_block(problem: BlockProblem) -> Verdict:
     if problem.expanded and max(problem.channels) > MOST_RANKS:
         return Verdict(
             False, f"expands sources to at most {MOST_RANKS} channels, not {max(problem.channels)}"
+        )
+    cells = max(math.prod(factor) for factor in problem.factors) * math.ceil(max(problem.rows) / 128)
+    if cells > MOST_ITEMS:
+        return Verdict(
+            False, f"starts at most {MOST_ITEMS:,} blocks of ranks for a coarse source, not {cells:,}"
         )
     if problem.stats == "covariance":
         if problem.u_out:

@@ -87,7 +87,7 @@ def block_of(count: int, most: int) -> int:
 
 
 def with_room(config: Config, stage_bytes: int) -> Config:
-    """`config` with as many of its stages, of this size each, as every card from capability 8.0 on has room for."""
+    """`config` with as many of its stages, of this size each, as every card of 8.0 and newer has room for, or two."""
     return replace(config, stages=min(config.stages, max(2, SHARED_BYTES // stage_bytes)))
 
 

@@ -14,10 +14,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _multiply(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+def _nearest_tf32(value):
+    """To the nearest; tensor cores drop the bits that TF32 lacks, which errs four times as much, and to one side."""
+    return tl.inline_asm_elementwise(
+        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _multiply(
+    a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr, A_ROUNDED: tl.constexpr = False
+):
     # Triton's interpreter returns garbage for a product of bf16 operands.
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if PRECISION == "tf32":
+        a, b = a if A_ROUNDED else _nearest_tf32(a), _nearest_tf32(b)
     return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
@@ -66,14 +78,15 @@ def reduce_rows(
     x, matrix, expand, scale, shift, in_bias, partial, t,
     DEPTH, HEIGHT, WIDTH, CHANNELS, SOURCE_CHANNELS, RANK, T_CHANNELS, T_FIRST, slope,
     HAS_MATRIX: tl.constexpr, HAS_EXPAND: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_PARTIAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_PARTIAL: tl.constexpr, ROUND_T: tl.constexpr, ACTIVATION: tl.constexpr,
     STEP_D: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     UNIT_C: tl.constexpr, UNIT_S: tl.constexpr, UNIT_R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """t[m, T_FIRST + r] = Σ_c matrix[r, c] · act(scale[c] · (expand x)[m, c] + shift[c]) + partial[m, r] + in_bias[r].
+    """t[m, i] = Σ_c matrix[r, c] · act(scale[c] · (expand x)[m, c] + shift[c]) + partial[m, i] + in_bias[i].
 
+    i is T_FIRST + r. ROUND_T: to TF32, where products are, so that those that read t need not.
     Program (block of rows, position in a cell and block of ranks, item). x [N, D·H·W, SOURCE_CHANNELS]; a source at
     1/STEP of the extents writes each of the STEP³ rows of its cell by a matrix of its own, [STEP³, RANK, CHANNELS].
     Without a matrix the activated channels are t. UNIT_C: of CHANNELS, UNIT_S of SOURCE_CHANNELS, UNIT_R of RANK and
@@ -114,9 +127,15 @@ def reduce_rows(
         else:
             value = tl.load(source + c[None, :], mask=row_ok[:, None] & c_ok[None, :], other=0.0)
         if HAS_SCALE:
-            value = value.to(tl.float32) * tl.load(scale + item * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+            value = (
+                value.to(tl.float32)
+                * tl.load(scale + item.to(tl.int64) * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+            )
         if HAS_SHIFT:
-            value = value.to(tl.float32) + tl.load(shift + item * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+            value = (
+                value.to(tl.float32)
+                + tl.load(shift + item.to(tl.int64) * CHANNELS + c, mask=c_ok, other=0.0)[None, :]
+            )
         if ACTIVATION:
             value = value.to(tl.float32)
             value = tl.where(value < 0, value * slope, value)
@@ -145,6 +164,8 @@ def reduce_rows(
         total += tl.load(partial + at, mask=ok, other=0.0)
     if HAS_BIAS:
         total += tl.load(in_bias + T_FIRST + r, mask=r_ok, other=0.0).to(tl.float32)[None, :]
+    if ROUND_T and PRECISION == "tf32":
+        total = _nearest_tf32(total)
     tl.store(t + at, _rounded(total, t.dtype.element_ty, UPCAST), mask=ok)
 
 
@@ -159,7 +180,7 @@ def convolve_rows(
     TRANSPOSED: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_STATS: tl.constexpr, HAS_COVARIANCE: tl.constexpr,
     U_RANKS_LAST: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    UNIT_K: tl.constexpr, UNIT_R: tl.constexpr, UNIT_C: tl.constexpr, TOGETHER: tl.constexpr,
+    T_ROUNDED: tl.constexpr, UNIT_K: tl.constexpr, UNIT_R: tl.constexpr, UNIT_C: tl.constexpr, TOGETHER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -167,10 +188,11 @@ def convolve_rows(
 
     Program (block of output rows, block of ranks, item); with u_out one block holds all ranks. t [N, D·H·W, RANK_IN];
     core [taps, RANK_IN, RANK_OUT]; u_out [CHANNELS, RANK_OUT] or the other way round; z channels-last, rounded as the
-    second product reads it. UNIT_K: of RANK_IN, UNIT_R of RANK_OUT, UNIT_C of CHANNELS. TRANSPOSED: the gradient of the
-    convolution, D·H·W being the extents of its output. TOGETHER: taps along the width, one or all, whose channels are
-    one block of the sum: they lie side by side in t, and so do their weights. mean, m2 [N, blocks, CHANNELS] and
-    covariance [N, blocks, CHANNELS, CHANNELS]: of the fp32 values of each block of rows; the latter without u_out only.
+    second product reads it. T_ROUNDED: t came from ROUND_T. UNIT_K: of RANK_IN, UNIT_R of RANK_OUT, UNIT_C of CHANNELS.
+    TRANSPOSED: the gradient of the convolution, D·H·W being the extents of its output. TOGETHER: taps along the width,
+    one or all, whose channels are one block of the sum: they lie side by side in t, and so do their weights. mean, m2
+    [N, blocks, CHANNELS] and covariance [N, blocks, CHANNELS, CHANNELS]: of the fp32 values of each block of rows; the
+    latter without u_out only.
     """
     RANK_IN, RANK_OUT, CHANNELS = RANK_IN * UNIT_K, RANK_OUT * UNIT_R, CHANNELS * UNIT_C
     voxels, out_voxels = DEPTH * HEIGHT * WIDTH, OUT_DEPTH * OUT_HEIGHT * OUT_WIDTH
@@ -228,14 +250,14 @@ def convolve_rows(
             mask=k_ok[:, None] & r_ok[None, :],
             other=0.0,
         )
-        total = _multiply(part, weights, total, PRECISION, UPCAST)
+        total = _multiply(part, weights, total, PRECISION, UPCAST, T_ROUNDED)
 
     first_row = item.to(tl.int64) * out_voxels
     if HAS_Z:
         z_at = (first_row + rows.to(tl.int64))[:, None] * RANK_OUT + r[None, :]
         tl.store(z + z_at, _rounded(total, z.dtype.element_ty, UPCAST), mask=row_ok[:, None] & r_ok[None, :])
     base = first_row * CHANNELS + rows.to(tl.int64)[:, None] * (CHANNELS if CHANNELS_LAST else 1)
-    block = item * tl.num_programs(0) + tl.program_id(0)
+    block = item.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     count = tl.minimum(out_voxels - tl.program_id(0) * BLOCK_M, BLOCK_M).to(tl.float32)
     if HAS_U:
         narrow = _rounded(total, t.dtype.element_ty, UPCAST)
@@ -272,7 +294,7 @@ def convolve_rows(
             )
             if HAS_COVARIANCE:
                 products = tl.dot(tl.trans(deviation), deviation, input_precision="tf32x3")
-                cells = (block.to(tl.int64) * CHANNELS + r)[:, None] * CHANNELS + r[None, :]
+                cells = (block * CHANNELS + r)[:, None] * CHANNELS + r[None, :]
                 tl.store(covariance + cells, products, mask=r_ok[:, None] & r_ok[None, :])
         out_at = base + (r[None, :] if CHANNELS_LAST else r.to(tl.int64)[None, :] * out_voxels)
         tl.store(

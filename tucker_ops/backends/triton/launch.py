@@ -21,13 +21,20 @@ from tucker_ops.backends.triton.config import (
     with_room,
 )
 from tucker_ops.backends.triton.kernels import convolve_rows, outer_rows, reduce_rows
+from tucker_ops.errors import BackendError
 from tucker_ops.ops.block import block_memory_format
 from tucker_ops.ops.reference import memory_format
 
 INTERPRETED = triton.knobs.runtime.interpret
 MOST_COLUMNS = 128
-# Shares that the voxels of a weight's gradient are split into, at most: enough programs for any card.
-MOST_SHARES = 512
+# Programs of a weight's gradient, enough for any card, and shares that its voxels are split into, at most.
+MOST_PROGRAMS = 4096
+MOST_SHARES = 1024
+# Ranks of a source that is expanded, of which a program holds all.
+MOST_EXPANDED = 512
+# Of a block of `expand`, of a block of u_out, and of deviations for a covariance: what leaves room for the rest within
+# SHARED_BYTES.
+EXPAND_BYTES, U_BYTES, DEVIATIONS_BYTES = 32 * 1024, 16 * 1024, 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,16 @@ class Geometry:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: Sequence, constants: dict, config: Config) -> None:
-    """The one place that starts a kernel; empty grids start nothing."""
+    """The one place that starts a kernel, on the card of its first argument; empty grids start nothing."""
     if math.prod(grid):
-        kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
+        # Triton starts it on torch's current card and stream, wherever the tensors are.
+        with torch.cuda.device_of(arguments[0]):
+            kernel[grid](*arguments, **constants, num_warps=config.warps, num_stages=config.stages)
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, object]:
     """How products of this dtype are computed: TF32 where torch's setting for convolutions allows it."""
-    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32" and not INTERPRETED
     return {"PRECISION": "tf32" if tf32 else "ieee", "UPCAST": INTERPRETED and dtype == torch.bfloat16}
 
 
@@ -124,8 +133,12 @@ def reduce_into(
     in_bias: Tensor | None = None,
     partial: Tensor | None = None,
     first: int = 0,
+    final: bool = True,
 ) -> None:
-    """Writes channels `first` to `first` + R of t by `reduce_rows`; tensors contiguous, activations channels-last."""
+    """Writes channels `first` to `first` + R of t by `reduce_rows`; tensors contiguous, activations channels-last.
+
+    `final`: t is what `convolve` reads, not a sum to be gone on with.
+    """
     ndim = x.dim() - 2
     steps = tuple(matrix.shape[:-2]) if matrix is not None and matrix.dim() > 2 else (1,) * ndim
     steps = (1,) * (3 - ndim) + steps
@@ -133,11 +146,19 @@ def reduce_into(
     source_channels = x.shape[1]
     channels = source_channels if expand is None else expand.shape[0]
     ranks = channels if matrix is None else matrix.shape[-2]
-    block_r = block_of(ranks, MOST_COLUMNS)
+    block_r, block_e = block_of(ranks, MOST_COLUMNS), LEAST_BLOCK
     if expand is not None:
+        if source_channels > MOST_EXPANDED:
+            raise BackendError(
+                f"backend 'triton' holds at most {MOST_EXPANDED} ranks of a source to be expanded, not "
+                f"{source_channels}; call it with backend='reference'"
+            )
         # A block of all the source's channels is held beside the rest, in registers and in shared memory.
-        config = replace(config, channels=min(config.channels, 32), stages=2)
-    block_e = block_of(source_channels, 2**20) if expand is not None else LEAST_BLOCK
+        block_e = block_of(source_channels, MOST_EXPANDED)
+        most = max(LEAST_BLOCK, min(32, EXPAND_BYTES // (block_e * x.dtype.itemsize)))
+        config = replace(config, channels=min(config.channels, most), stages=2)
+        if matrix is None:
+            block_r = min(block_r, most)
     block_c = block_r if matrix is None else block_of(channels, config.channels)
     rows = rows_of(config, max(block_r, block_c, block_e))
     grid = (
@@ -153,6 +174,7 @@ def reduce_into(
     constants = {
         "HAS_MATRIX": matrix is not None, "HAS_EXPAND": expand is not None, "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None, "HAS_BIAS": in_bias is not None, "HAS_PARTIAL": partial is not None,
+        "ROUND_T": final,
         "ACTIVATION": slope != 1, "STEP_D": steps[0], "STEP_H": steps[1], "STEP_W": steps[2],
         "UNIT_C": unit_c, "UNIT_S": unit_s, "UNIT_R": unit_r,
         "BLOCK_M": rows, "BLOCK_C": block_c, "BLOCK_E": block_e, "BLOCK_R": block_r, **arithmetic(x.dtype),
@@ -179,6 +201,7 @@ def convolve(
     u_out: Tensor | None = None,
     bias: Tensor | None = None,
     out_size: Sequence[int],
+    rounded: bool = True,
     transposed: bool = False,
     keep: bool = False,
     stats: str = "none",
@@ -188,7 +211,8 @@ def convolve(
     """core ∗ t, then u_out where it is given, by `convolve_rows`.
 
     t [N, K, *spatial] channels-last; core [taps, K, R] contiguous; u_out [C, R], any strides; out_size: the output's
-    extents, those of the convolution's input if `transposed`. keep: z as well. stats: as of `tucker_block`.
+    extents, those of the convolution's input if `transposed`. rounded: t is from `reduce`. keep: z as well. stats: as
+    of `tucker_block`.
     """
     _, rank_in, rank_out = core.shape
     channels = rank_out if u_out is None else u_out.shape[0]
@@ -201,9 +225,11 @@ def convolve(
     )
     z = empty_rows(t, rank_out, out_size) if keep else None
     block_r = block_of(rank_out, MOST_COLUMNS if u_out is None else 2**20)
-    block_c = block_of(channels, 64)
-    # Deviations lie in shared memory four times for their products.
-    rows = rows_of(config, block_r * (2 if stats == "covariance" else 1))
+    block_c = block_of(channels, max(LEAST_BLOCK, min(64, U_BYTES // (block_r * t.dtype.itemsize))))
+    rows = rows_of(config, block_r)
+    if stats == "covariance":
+        # Deviations lie in shared memory four times for their products.
+        rows = min(rows, DEVIATIONS_BYTES // (16 * block_r))
     voxels = math.prod(out_size)
     blocks = triton.cdiv(voxels, rows)
     mean = m2 = covariance = None
@@ -231,7 +257,8 @@ def convolve(
         **geometry.constants(), "TRANSPOSED": transposed, "HAS_U": u_out is not None, "HAS_BIAS": bias is not None,
         "HAS_Z": keep, "HAS_STATS": mean is not None, "HAS_COVARIANCE": covariance is not None,
         "U_RANKS_LAST": u_out is not None and u_out.is_contiguous(),
-        "CHANNELS_LAST": layout != torch.contiguous_format, "UNIT_K": unit_k, "UNIT_R": unit_r, "UNIT_C": unit_c,
+        "CHANNELS_LAST": layout != torch.contiguous_format, "T_ROUNDED": rounded,
+        "UNIT_K": unit_k, "UNIT_R": unit_r, "UNIT_C": unit_c,
         "TOGETHER": together, "BLOCK_M": rows, "BLOCK_K": block_k, "BLOCK_R": block_r, "BLOCK_C": block_c,
         **arithmetic(t.dtype),
     }  # fmt: skip
@@ -275,7 +302,9 @@ def outer(a: Tensor, b: Tensor, geometry: Geometry, config: Config) -> Tensor:
     depth, height, width = geometry.out_size
     rows = block_of(width, config.rows)
     blocks = items * depth * height * triton.cdiv(width, rows)
-    each = max(4, triton.cdiv(blocks, MOST_SHARES))
+    columns = triton.cdiv(channels_a, block_a) * triton.cdiv(together * channels_b, block_b)
+    # The sums of all shares are written and read again, so there are as many as fill a card and no more.
+    each = max(4, triton.cdiv(blocks, min(MOST_SHARES, max(1, MOST_PROGRAMS // (taps * columns)))))
     shares = triton.cdiv(blocks, each)
     partial = torch.empty(
         (shares, taps, channels_a, together * channels_b), dtype=torch.float32, device=a.device
@@ -288,7 +317,6 @@ def outer(a: Tensor, b: Tensor, geometry: Geometry, config: Config) -> Tensor:
         **geometry.constants(), "UNIT_A": unit_a, "UNIT_B": unit_b, "TOGETHER": together,
         "BLOCK_M": rows, "BLOCK_A": block_a, "BLOCK_B": block_b, **arithmetic(a.dtype),
     }  # fmt: skip
-    columns = triton.cdiv(channels_a, block_a) * triton.cdiv(together * channels_b, block_b)
     launch(outer_rows, (shares, taps, columns), arguments, constants, config)
     sums = partial.sum(0).view(taps, channels_a, together, channels_b)
     return sums.transpose(1, 2).reshape(geometry.taps, channels_a, channels_b)
@@ -365,12 +393,20 @@ def backward(
     ndim = core.dim() - 2
     geometry = Geometry.of(x, core, stride, padding, dilation)
     grad_input = grad_in = grad_core = grad_out = None
+    kept = t is not None
     if (need_core or need_out) and t is None:
         t = reduce(x, u_in.contiguous(), configs.reduce)
     if need_out:
         if z is None:
             size = geometry.out_size[3 - ndim :]
-            z = convolve(channels_last(t), taps_first(core), geometry, configs.convolve, out_size=size).values
+            z = convolve(
+                channels_last(t),
+                taps_first(core),
+                geometry,
+                configs.convolve,
+                out_size=size,
+                rounded=not kept,
+            ).values
         pointwise = Geometry.pointwise(grad.shape[2:])
         grad_out = outer(g, channels_last(z), pointwise, configs.outer)[0].to(u_out.dtype)
     if need_core or below_core:
@@ -428,6 +464,7 @@ def block(
         u_out=u_out,
         bias=bias,
         out_size=geometry.out_size[3 - ndim :],
+        rounded=t is not first,
         stats=stats,
         layout=torch.contiguous_format if contiguous else None,
         dtype=torch.float32 if float32_values else None,
@@ -461,5 +498,6 @@ def _read_sources(t, sources, expand, scale, shift, slope, reduce, in_bias, conf
             in_bias=in_bias if side_by_side or last else None,
             partial=None if side_by_side or i == 0 else total,
             first=begin,
+            final=side_by_side or last,
         )
         begin += rows[i] if side_by_side else 0

@@ -38,6 +38,7 @@ from tucker_ops.types import Problem
 
 COMPILER = f"triton-{triton.__version__}"
 ENTRIES = len(as_integers(DEFAULT))
+Call = Callable[[Configs], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -56,35 +57,45 @@ class TritonTuning:
 def tune(problem: Problem, *, timer: Timer = time_on_gpu, target: str = "cuda") -> TritonTuning:
     """Times the candidates of each kernel in turn, the others at their best so far, on torch device `target`.
 
-    Raises BackendError where a candidate's result differs from the default's by more than rounding.
+    Raises BackendError where a candidate's result differs from the first one's by more than rounding, and where the
+    card has no room for any.
     """
     operands = operands_of(problem, target)
     grad = launch.forward(*operands)
-    calls: dict[str, Callable[[Configs], Sequence[Tensor]]] = {
-        "reduce": lambda configs: (launch.forward(*operands, configs=configs),),
-        "outer": lambda configs: launch.backward(
-            grad, *operands[:4], *operands[5:], [True] * 5, configs=configs
-        ),
-    }
-    calls["convolve"] = calls["reduce"]
+
+    def forward(configs: Configs) -> Sequence[Tensor]:
+        return (launch.forward(*operands, configs=configs),)
+
+    def backward(configs: Configs) -> Sequence[Tensor]:
+        return launch.backward(grad, *operands[:4], *operands[5:], [True] * 5, configs=configs)
+
+    calls: dict[str, Call] = {"reduce": forward, "convolve": forward, "outer": backward}
     best, times = DEFAULT, {}
     for kernel in (field.name for field in fields(Configs)):
-        times[kernel] = _times(problem, kernel, best, calls[kernel], timer)
+        # What runs in the forward alone must have room in the gradient as well.
+        results = (lambda configs: (*forward(configs), *backward(configs))) if kernel != "outer" else backward
+        times[kernel] = _times(problem, kernel, best, results, calls[kernel], timer)
         default = getattr(DEFAULT, kernel)
         fastest = min(times[kernel], key=times[kernel].__getitem__)
-        if times[kernel][fastest] <= (1 - LEAST_GAIN) * times[kernel][default]:
+        if (
+            default not in times[kernel]
+            or times[kernel][fastest] <= (1 - LEAST_GAIN) * times[kernel][default]
+        ):
             best = replace(best, **{kernel: fastest})
     return TritonTuning(problem, times, best)
 
 
-def _times(problem: Problem, kernel: str, best: Configs, call, timer: Timer) -> dict[Config, float]:
-    expected, times = call(best), {}
+def _times(
+    problem: Problem, kernel: str, best: Configs, results_of: Call, call: Call, timer: Timer
+) -> dict[Config, float]:
+    expected, times = None, {}
     for config in (getattr(DEFAULT, kernel), *CANDIDATES[kernel]):
         configs = replace(best, **{kernel: config})
         try:
-            results = call(configs)
+            results = results_of(configs)
         except OutOfResources:
             continue
+        expected = results if expected is None else expected
         error = max(difference(found, wanted) for found, wanted in zip(results, expected, strict=True))
         if not error <= MOST_DIFFERENCE[problem.dtype]:
             raise BackendError(
@@ -92,6 +103,8 @@ def _times(problem: Problem, kernel: str, best: Configs, call, timer: Timer) -> 
                 "with the output of tucker_ops.backends()"
             )
         times[config] = timer(lambda configs=configs: call(configs))
+    if not times:
+        raise BackendError(f"this card has no room for {kernel} in any configuration; please report it")
     return times
 
 
