@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def kind_of(argument) -> tuple[str, object, bool]:
     return ("fp32", None, False) if isinstance(argument, float) else ("i32", None, argument % 16 == 0)
 
 
+class _Source(triton.compiler.ASTSource):
+    """Parsed by one thread at a time: Python 3.11's parser fails in two at once. The rest of a compilation does not."""
+
+    _lock = threading.Lock()
+
+    def hash(self):
+        with self._lock:
+            return super().hash()
+
+    def make_ir(self, *arguments, **options):
+        with self._lock:
+            return super().make_ir(*arguments, **options)
+
+
 def compiled(kernel, kinds, constants, config: Config, capability: int):
     """A recorded launch, compiled for cards of this capability."""
     signature, values, attributes = {}, dict(constants), {}
@@ -56,7 +71,7 @@ def compiled(kernel, kinds, constants, config: Config, capability: int):
             attributes[i,] = [["tt.divisibility", 16]]
     signature.update(dict.fromkeys(dict(constants), "constexpr"))
     assert list(signature) == kernel.arg_names
-    source = triton.compiler.ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    source = _Source(kernel, signature, constexprs=values, attrs=attributes)
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
     return triton.compile(
         source, target=target, options={"num_warps": config.warps, "num_stages": config.stages}

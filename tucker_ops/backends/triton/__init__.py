@@ -80,7 +80,8 @@ def _supports(problem: Problem | BlockProblem) -> Verdict:
             f"counts at most {MOST_VOXELS:,} numbers in a line of voxels, not {line:,}: make another axis the last",
         )
     # Sums go by blocks of a line, of no fewer voxels than these, counted over all items.
-    blocks = problem.batch * math.prod(problem.output_size[:-1]) * math.ceil(problem.output_size[-1] / 16)
+    sizes = (problem.input_size, problem.output_size)
+    blocks = problem.batch * max(math.prod(size[:-1]) * math.ceil(size[-1] / 16) for size in sizes)
     if blocks > MOST_VOXELS:
         return Verdict(False, f"counts at most {MOST_VOXELS:,} blocks of voxels in all items, not {blocks:,}")
     # Rows read from the padding on, so that is counted as well.
