@@ -1,6 +1,6 @@
 """`python -m bench.gpu.instructions`: what Triton's kernels cost a GPU, counted in their machine code; needs no GPU.
 
-Each launch of one layer's forward and gradient is compiled for a capability and disassembled with the tools that come
+Each kernel of one layer's forward and gradient is compiled for a capability and disassembled with the tools that come
 with Triton. Instructions a voxel are those that all warps issue, loops as often as they run, over the voxels written;
 a multiprocessor of capability 8.0 and newer issues at most four a cycle. That says nothing of memory.
 """
@@ -27,14 +27,15 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*f
 
 
 class Recorder:
-    """Takes the place of `launch.launch`: keeps what would have been started, and runs nothing."""
+    """Takes the place of `launch.launch`: keeps each kernel that would have been started, once, and runs nothing."""
 
     def __init__(self):
         self.launches = {}
 
     def __call__(self, kernel, grid, arguments, constants, config):
         kinds = tuple(kind_of(argument) for argument in arguments)
-        self.launches[kernel.__name__, kinds, tuple(constants.items()), config] = kernel, arguments, grid
+        key = kernel.__name__, kinds, tuple(constants.items()), config
+        self.launches.setdefault(key, (kernel, arguments, grid))
 
 
 def kind_of(argument) -> tuple[str, object, bool]:
@@ -137,7 +138,7 @@ def _executed(name: str, code: Code, constants: dict, arguments: dict) -> int:
 
 
 def table(channels: int, rank: int, extent: int, dtype: torch.dtype, capability: int) -> str:
-    """Markdown: a line for each launch of `tucker_conv` and of its gradient, 3×3×3."""
+    """Markdown: a line for each kernel of `tucker_conv`, 3×3×3, and of its gradient that the forward has not yet."""
     recorder, run = Recorder(), launch.launch
     x = torch.empty(1, channels, *[extent] * 3, dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
     weights = [x.new_empty(size) for size in ((rank, channels), (rank, rank, 3, 3, 3), (channels, rank))]
@@ -174,8 +175,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--extent", type=int, default=64)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--capability", type=int, default=90, help="80 for 8.0")
+    parser.add_argument(
+        "--capability", type=int, default=90, choices=(80, 86, 89, 90, 100, 120), help="80 for 8.0"
+    )
     chosen = parser.parse_args()
+    if min(chosen.channels, chosen.rank, chosen.extent) < 1:
+        parser.error("channels, rank and extent must be at least 1")
     print(table(chosen.channels, chosen.rank, chosen.extent, getattr(torch, chosen.dtype), chosen.capability))
 
 

@@ -1,7 +1,8 @@
 """The Triton kernels: three kinds of matrix product over voxels, from which forward and gradient are made.
 
 Activations are channels-last, so that a voxel is a row of channels; 2D is 3D of depth 1. Ranks and channels are padded
-to blocks by masks. Products accumulate in fp32. Rows are counted in 32 bits within an item, elements in 64.
+to blocks by masks. Products accumulate in fp32. Rows of an item and numbers of a line are counted in 32 bits, all else
+in 64.
 
 Channels and ranks are given in units, of 8 where they can be: Triton takes an argument for aligned if 16 divides it, or
 not at all, and would read ranks like 24 and 40 number by number.
