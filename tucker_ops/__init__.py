@@ -19,6 +19,7 @@ _LAZY = {
     "Plan": ("tucker_ops.convert", "Plan"),
     "plan": ("tucker_ops.convert", "plan"),
     "calibrate": ("tucker_ops.convert", "calibrate"),
+    "refine": ("tucker_ops.convert", "refine"),
     "apply": ("tucker_ops.convert", "apply"),
     "compress": ("tucker_ops.convert", "compress"),
     "fuse": ("tucker_ops.fused", "fuse"),

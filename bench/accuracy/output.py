@@ -12,6 +12,8 @@ COLOURS = {
     "budget": "#8a8a8a",
     "calibrated": "#1f6fb4",
     "calibrated, ranks by 4": "#7fb2d9",
+    "weber2024, refined": "#d99a9a",
+    "calibrated, refined": "#1d7a4d",
 }
 
 
@@ -36,7 +38,9 @@ def markdown(
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "
         "number of parameters out by the weights alone; calibrated does by the Fisher information of unlabelled "
-        "images, ranks on multiples of 8, or of 4 where it says so. No labels but in fine-tuning.",
+        "images, ranks on multiples of 8, or of 4 where it says so; same MACs has the published policy's "
+        "multiply-accumulates instead of its parameters. refined: all weights trained together towards the dense "
+        "model's output on the images of the calibration. No labels but in fine-tuning.",
         "",
         "## Hippocampus: 39 validation cases, mean Dice of both classes",
         "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -25,6 +27,7 @@ from tucker_ops.nnunet.latency import plan_for_latency, time_network
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.output import write_file
 from tucker_ops.nnunet.predict import predict_folder
+from tucker_ops.nnunet.refinement import Refinement
 from tucker_ops.nnunet.study import Study
 from tucker_ops.nnunet.training import FinetuneSettings, TrainingSet, finetune_folder
 
@@ -47,6 +50,8 @@ class Options:
     calibration_patches: int = 18
     ct_patches: int = 1
     ct_labels: int = 24
+    refine_steps: int = 100
+    ct_refine_steps: int = 60
     finetune_steps: int = 200
     ct_steps: int = 100
     ct_below: float = 0.9
@@ -89,18 +94,35 @@ def latency_rows(model: Path, options: Options, log: Log) -> list[dict[str, Any]
     return rows
 
 
-def same_size(model: Path, factor: float) -> int:
-    """Parameters of the whole network under the published policy at `factor`."""
-    return plan_folder(model, CompressionConfig.weber2024(factor)).compressed.params
+@dataclass(frozen=True)
+class Variant:
+    """A policy of the tables: whether it sees unlabelled images when it chooses, and is refined on them."""
+
+    name: str
+    config: CompressionConfig
+    calibrated: bool = True
+    refined: bool = False
+
+    @property
+    def slug(self) -> str:
+        return re.sub("[^a-z0-9]+", "-", self.name)
 
 
-def variants(params: int) -> dict[str, CompressionConfig]:
-    """Our policies at the same number of parameters: ranks on the kernels' multiples of 8, or finer."""
-    return {
-        "budget": CompressionConfig(params=params),
-        "calibrated": CompressionConfig(params=params),
-        "calibrated, ranks by 4": CompressionConfig(params=params, min_rank=4, align=4),
-    }
+def variants(model: Path, factor: float) -> tuple[Variant, ...]:
+    """The published policy, and ours with as many parameters or as many multiply-accumulates as that leaves."""
+    published = CompressionConfig.weber2024(factor)
+    cost = plan_folder(model, published).compressed
+    params, macs = CompressionConfig(params=cost.params), CompressionConfig(macs=cost.macs)
+    return (
+        Variant("weber2024", published, calibrated=False),
+        Variant("weber2024, refined", published, calibrated=False, refined=True),
+        Variant("budget", params, calibrated=False),
+        Variant("calibrated", params),
+        Variant("calibrated, ranks by 4", CompressionConfig(params=cost.params, min_rank=4, align=4)),
+        Variant("calibrated, refined", params, refined=True),
+        Variant("calibrated, same MACs", macs),
+        Variant("calibrated, same MACs, refined", macs, refined=True),
+    )
 
 
 @dataclass
@@ -134,17 +156,40 @@ class _Part:
         return calibration, seconds
 
     def compressed(
-        self, name: str, model: Path, config: CompressionConfig, fold: Fold, calibration: Calibration | None
-    ) -> Path:
+        self,
+        name: str,
+        model: Path,
+        variant: Variant,
+        fold: Fold,
+        calibration: Calibration,
+        refine: Refinement,
+    ) -> tuple[Path, dict[str, Any]]:
+        """The model folder, made unless it is there, and what it depends on."""
         target = self.folder / "models" / name
-        known = None if calibration is None else calibration.digest
-        if target.is_dir():
-            manifest = read_manifest(target)
-            if (manifest.config, manifest.plan.calibration) == (config, known):
-                return target
-        calibrations = None if calibration is None else {fold: calibration}
-        compress_folder(model, target, config, folds=(fold,), calibrate=calibrations, force=target.is_dir())
-        return target
+        digest = calibration.digest if variant.calibrated else None
+        known = {"config": variant.config.to_dict(), "calibration": digest, "refine": 0}
+        if variant.refined:
+            known |= {"refine": refine.steps, "on": refine.data.describe()}
+        kept = target.with_name(f"{name}.json")
+        if (
+            target.is_dir()
+            and kept.is_file()
+            and json.loads(kept.read_text()) == json.loads(json.dumps(known))
+        ):
+            return target, known
+        self.log(f"{name}: compressing")
+        kept.unlink(missing_ok=True)
+        compress_folder(
+            model,
+            target,
+            variant.config,
+            folds=(fold,),
+            calibrate={fold: calibration} if variant.calibrated else None,
+            refine=refine if variant.refined else None,
+            force=target.is_dir(),
+        )
+        write_file(kept, json.dumps(known).encode(), force=True)
+        return target, known
 
     def predicted(self, name: str, model: Path, images: Path, fold: Fold) -> Path:
         target = self.folder / "predictions" / name
@@ -187,13 +232,11 @@ class _Hippocampus(_Part):
         calibration, seconds = self.calibrate("hippocampus", model, 0, data)
         self.log(f"hippocampus: calibrated in {seconds:.0f} s on {calibration.source}")
         rows, models = [self.dense], {}
+        refine = Refinement(data, self.options.refine_steps)
         for factor in FACTORS:
-            params = same_size(model, factor)
-            configs = {"weber2024": CompressionConfig.weber2024(factor), **variants(params)}
-            for policy, config in configs.items():
-                used = calibration if policy.startswith("calibrated") else None
-                rows.append(self._row(factor, policy, config, used))
-                models[factor, policy] = self.folder / "models" / rows[-1]["name"]
+            for variant in variants(model, factor):
+                rows.append(self._row(factor, variant, calibration, refine))
+                models[factor, variant.name] = self.folder / "models" / rows[-1]["name"]
         tuned = [(factor, policy) for factor in TUNED_FACTORS for policy in ("weber2024", "calibrated")]
         rows += [self._tuned(factor, policy, models[factor, policy]) for factor, policy in tuned]
         return [*rows, self._tuned(1.0, "dense", model)]
@@ -235,18 +278,17 @@ class _Hippocampus(_Part):
         return compare_tables(*tables).to_dict()
 
     def _row(
-        self, factor: float, policy: str, config: CompressionConfig, calibration: Calibration | None
+        self, factor: float, variant: Variant, calibration: Calibration, refine: Refinement
     ) -> dict[str, Any]:
-        name = f"hippocampus-{factor}-{policy.replace(', ranks by ', '-align')}"
-        model = self.compressed(name, self.sources.hippocampus, config, 0, calibration)
+        name = f"hippocampus-{factor}-{variant.slug}"
+        model, known = self.compressed(name, self.sources.hippocampus, variant, 0, calibration, refine)
 
         def make():
             self.log(name)
             return self._judge(self.predicted(name, model, self.images, 0))
 
-        digest = None if calibration is None else calibration.digest
-        row = self.study.step(name, {"config": config.to_dict(), "calibration": digest}, make)
-        about = {"data": "hippocampus", "name": name, "factor": factor, "policy": policy, "steps": 0}
+        row = self.study.step(name, known, make)
+        about = {"data": "hippocampus", "name": name, "factor": factor, "policy": variant.name, "steps": 0}
         return about | self.size(model) | row | self._against_dense(row)
 
     def _tuned(self, factor: float, policy: str, model: Path) -> dict[str, Any]:
@@ -304,15 +346,12 @@ class _CT(_Part):
         data = CalibrationSet(half, patches=self.options.ct_patches, labels=self.options.ct_labels)
         calibration, seconds = self.calibrate("ct", model, "all", data)
         self.log(f"ct: calibrated in {seconds:.0f} s on {calibration.source}")
-        rows = []
+        rows, refine = [], Refinement(data, self.options.ct_refine_steps)
         for factor in CT_FACTORS:
-            params = same_size(model, factor)
-            for policy, config in (
-                ("weber2024", CompressionConfig.weber2024(factor)),
-                *variants(params).items(),
-            ):
-                used = calibration if policy.startswith("calibrated") else None
-                rows.append(self._row(factor, policy, config, used))
+            for variant in variants(model, factor):
+                # Minutes each; below, the published policy is distilled where it has most left to build on.
+                if variant.name != "weber2024, refined":
+                    rows.append(self._row(factor, variant, calibration, refine))
         # Ten minutes each: ours where they need it, and the published policy where it has most left to build on.
         tuned = [
             row
@@ -375,19 +414,18 @@ class _CT(_Part):
         }
 
     def _row(
-        self, factor: float, policy: str, config: CompressionConfig, calibration: Calibration | None
+        self, factor: float, variant: Variant, calibration: Calibration, refine: Refinement
     ) -> dict[str, Any]:
-        name = f"ct-{factor}-{policy.replace(', ranks by ', '-align')}"
-        model = self.compressed(name, self.sources.ct_model, config, "all", calibration)
+        name = f"ct-{factor}-{variant.slug}"
+        model, known = self.compressed(name, self.sources.ct_model, variant, "all", calibration, refine)
 
         def make():
             self.log(name)
             self.predicted(name, model, self.images, "all")
             return self._judge(name)
 
-        digest = None if calibration is None else calibration.digest
-        row = self.study.step(name, {"config": config.to_dict(), "calibration": digest}, make)
-        about = {"data": "ct", "name": name, "factor": factor, "policy": policy, "steps": 0}
+        row = self.study.step(name, known, make)
+        about = {"data": "ct", "name": name, "factor": factor, "policy": variant.name, "steps": 0}
         return about | self.size(model) | row
 
     def _tuned(self, before: Mapping[str, Any], half: Path) -> dict[str, Any]:

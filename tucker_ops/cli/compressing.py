@@ -20,9 +20,11 @@ from tucker_ops.cli.options import (
     MaxDropOption,
     MinRankOption,
     ModelArgument,
+    RefineOption,
     TrustOption,
     calibration_set,
     gate_of,
+    refinement_of,
 )
 from tucker_ops.cli.terminal import case_progress, console
 from tucker_ops.errors import ConfigError
@@ -83,6 +85,7 @@ def compress(
     calibrate_case: CalibrateCaseOption = None,
     calibrate_splits: CalibrateSplitsOption = None,
     calibrate_patches: CalibratePatchesOption = None,
+    refine: RefineOption = None,
     check_images: Annotated[
         Path | None,
         typer.Option("--check-images", help="Images to predict with both models before anything is written."),
@@ -154,6 +157,7 @@ def compress(
             only_if_cheaper=not keep_expensive,
         )
     images = calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
+    refinement = refinement_of(refine, images)
     gate = gate_of(max_drop, max_class_drop)
     check = None
     if check_images is not None:
@@ -177,11 +181,14 @@ def compress(
         manifests = compress_tree(
             source, output, config, folds=fold, checkpoint=checkpoint,
             dtype=None if dtype is StoredDtype.source else getattr(torch, dtype.value),
-            calibrate=images, check=check, force=force, trust=trust_checkpoint, progress=progress,
+            calibrate=images, refine=refinement, check=check, force=force, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     for path, manifest in manifests.items():
         console().print(plan_table(manifest.plan, manifest.mean_errors()))
         console().print(summary_table(manifest))
+        for fold, outcome in (manifest.refinement or {"folds": {}})["folds"].items():
+            if outcome["reason"]:
+                console().print(f"Fold {fold} not refined: {outcome['reason']}", soft_wrap=True)
         for failure in (manifest.check or {}).get("failures", ()):
             console().print(f"[red]Marked:[/red] {failure}", soft_wrap=True)
         console().print(
@@ -219,6 +226,7 @@ def sweep(
     calibrate_case: CalibrateCaseOption = None,
     calibrate_splits: CalibrateSplitsOption = None,
     calibrate_patches: CalibratePatchesOption = None,
+    refine: RefineOption = None,
     fold: Annotated[
         str | None, typer.Option("--fold", "-f", help="Fold to use [default: the first].")
     ] = None,
@@ -247,8 +255,8 @@ def sweep(
     data = calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
     with case_progress("Sweeping") as progress:
         result = sweep_folder(
-            model, output, images, configs, labels=labels, calibrate=data, fold=fold, checkpoint=checkpoint,
-            device=device, trust=trust_checkpoint, progress=progress,
+            model, output, images, configs, labels=labels, calibrate=data, refine=refinement_of(refine, data),
+            fold=fold, checkpoint=checkpoint, device=device, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     write_sweep(result)
     console().print(sweep_table(result).rich())

@@ -12,6 +12,7 @@ from tucker_ops.errors import ConfigError
 if TYPE_CHECKING:
     from tucker_ops.nnunet.calibration import CalibrationSet
     from tucker_ops.nnunet.compare import Gate
+    from tucker_ops.nnunet.refinement import Refinement
 
 ModelArgument = Annotated[
     Path, typer.Argument(help="nnU-Net model folder: dataset.json, plans.json, fold_*/.")
@@ -52,6 +53,14 @@ CalibratePatchesOption = Annotated[
     int | None,
     typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
 ]
+RefineOption = Annotated[
+    int | None,
+    typer.Option(
+        "--refine",
+        help="Steps of training all weights together towards the dense model's output on the images of --calibrate; "
+        "100 take minutes, need no labels, and win back about half of what was lost.",
+    ),
+]
 
 
 def gate_of(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
@@ -79,3 +88,14 @@ def calibration_set(
             "folder"
         )
     return None
+
+
+def refinement_of(steps: int | None, images: CalibrationSet | None) -> Refinement | None:
+    """What --refine asks for, on the images of --calibrate."""
+    from tucker_ops.nnunet.refinement import Refinement
+
+    if steps is None:
+        return None
+    if images is None:
+        raise ConfigError("--refine learns from the images of --calibrate, which is missing; give the folder")
+    return Refinement(images, steps)

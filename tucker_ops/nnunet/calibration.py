@@ -78,42 +78,59 @@ def calibrate_network(
     there; ImageError for images that are unreadable or hold NaN, ShapeError and ModelFolderError for those of
     other channels or names.
     """
-    if source.previous_stage is not None:
-        raise ConfigError(
-            f"{source.path} is the second stage of a cascade, which also reads segmentations of "
-            f"{source.previous_stage}; calibrate the stages before, and compress this one without calibration"
-        )
-    volumes = _Volumes(source, data, fold)
-    share = math.ceil(max(data.patches, len(volumes)) / len(volumes))
-    total = share * len(volumes)
-    generator = torch.Generator().manual_seed(data.seed)
-    sizes: set[tuple[int, ...]] = set()
-
-    def patches() -> Iterator[Tensor]:
-        done = 0
-        for name in volumes:
-            volume = volumes.read(name)
-            size = patch_extents(source, volume.shape[1:])
-            sizes.add(size)
-            for _ in range(share):
-                yield random_patch(volume, size, generator)[None]
-                done += 1
-                if progress is not None:
-                    progress(f"calibrating on {name}", done, total)
-
+    patches = CalibrationPatches(source, data, fold)
     calibration = convert.calibrate(
         network,
-        patches(),
+        patches.read(lambda *done: progress is not None and progress(*done)),
         labels_per_input=data.labels,
-        likelihood="sigmoid" if volumes.has_regions else "softmax",
+        likelihood=patches.likelihood,
         seed=data.seed,
     )
-    extents = " or ".join("×".join(map(str, size)) for size in sorted(sizes))
     return replace(
-        calibration,
-        source=f"{total} patches of {extents} from {len(volumes)} cases, {data.labels} draws of labels each, "
-        f"seed {data.seed}",
+        calibration, source=f"{patches.describe()}, {data.labels} draws of labels each, seed {data.seed}"
     )
+
+
+class CalibrationPatches:
+    """The random patches of a calibration set, preprocessed as nnU-Net does for this model.
+
+    Raises as `calibrate_network` does for images.
+    """
+
+    def __init__(self, source: ModelFolder, data: CalibrationSet, fold: Fold):
+        if source.previous_stage is not None:
+            raise ConfigError(
+                f"{source.path} is the second stage of a cascade, which also reads segmentations of "
+                f"{source.previous_stage}; calibrate the stages before, and compress this one without calibration"
+            )
+        self._source, self._seed = source, data.seed
+        self._volumes = _Volumes(source, data, fold)
+        self._share = math.ceil(max(data.patches, len(self._volumes)) / len(self._volumes))
+        self._sizes: set[tuple[int, ...]] = set()
+
+    @property
+    def likelihood(self) -> str:
+        """As `tucker_ops.calibrate` takes it."""
+        return "sigmoid" if self._volumes.has_regions else "softmax"
+
+    def read(self, progress: Progress) -> Iterator[Tensor]:
+        """Tensors [1, C, *patch], the same on every call."""
+        generator = torch.Generator().manual_seed(self._seed)
+        done, total = 0, self._share * len(self._volumes)
+        for name in self._volumes:
+            volume = self._volumes.read(name)
+            size = patch_extents(self._source, volume.shape[1:])
+            self._sizes.add(size)
+            for _ in range(self._share):
+                yield random_patch(volume, size, generator)[None]
+                done += 1
+                progress(f"calibrating on {name}", done, total)
+
+    def describe(self) -> str:
+        """What was read so far, in words."""
+        extents = " or ".join("×".join(map(str, size)) for size in sorted(self._sizes))
+        cases = len(self._volumes)
+        return f"{self._share * cases} patches of {extents} from {cases} cases"
 
 
 def patch_extents(source: ModelFolder, volume: Sequence[int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from tucker_ops.nnunet.folder import read_json
 MANIFEST_NAME = "tucker_ops_manifest.json"
 SCHEMA_VERSION = 1
 # Entries that manifests of this schema did not have from the start.
-ADDED = ("calibration", "check", "finetuning")
+ADDED = ("calibration", "refinement", "check", "finetuning")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Manifest:
     ``source_sha256`` maps the source's checkpoints, relative to its folder, to their hashes;
     ``input_shape`` is [1, C, *patch], for which MACs are counted; ``dtype`` that of the stored weights;
     ``verification`` names what of nnU-Net loaded the folder for the check of its logits; ``calibration`` what
-    ranks and factors were calibrated on, ``check`` what it lost on the images that it was checked with, and
-    ``finetuning`` how it was trained on; None if not.
+    ranks and factors were calibrated on, ``refinement`` how near each fold then came to the dense model by
+    `tucker_ops.refine` (``errors`` are those before it), ``check`` what it lost on the images that it was checked
+    with, and ``finetuning`` how it was trained on; None if not.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Manifest:
     verification: str
     versions: Mapping[str, str]
     calibration: Mapping[str, Any] | None = None
+    refinement: Mapping[str, Any] | None = None
     check: Mapping[str, Any] | None = None
     finetuning: Mapping[str, Any] | None = None
 

@@ -31,6 +31,7 @@ from tucker_ops.nnunet.latency import time_network
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.networks import build_network
 from tucker_ops.nnunet.predict import predict_folder
+from tucker_ops.nnunet.refinement import Refinement
 from tucker_ops.nnunet.study import Study, claim
 
 Progress = Callable[[str, int, int], None]
@@ -67,6 +68,7 @@ def sweep_folder(
     *,
     labels: str | Path | None = None,
     calibrate: CalibrationSet | None = None,
+    refine: Refinement | None = None,
     fold: Fold | None = None,
     checkpoint: str = DEFAULT_CHECKPOINT,
     device: str = "cpu",
@@ -75,13 +77,13 @@ def sweep_folder(
 ) -> Sweep:
     """Compress one fold of a model under each of `configs`, and predict `images` with each and with the dense model.
 
-    `calibrate` is used once, for all. Models, predictions and figures stay in `output_dir`; the same call goes on where
-    an interrupted one was, and further configs add to what is there. Times are measured anew at the end, all in one
-    go, so that they compare.
+    `calibrate` is used once, for all, and `refine` for each but those of the published rule. Models, predictions and
+    figures stay in `output_dir`; the same call goes on where an interrupted one was, and further configs add to what is
+    there. Times are measured anew at the end, all in one go, so that they compare.
 
     Raises ConfigError where a config is given twice or none is; OutputExistsError where `output_dir` holds something
-    else, ResumeError where it holds the sweep of another model or calibration; and the errors of `compress_folder`,
-    `predict_folder` and `evaluate_folder`.
+    else, ResumeError where it holds the sweep of another model, calibration or refinement; and the errors of
+    `compress_folder`, `predict_folder` and `evaluate_folder`.
     """
     names = [_name(config) for config in configs]
     if not names or len(set(names)) < len(names):
@@ -92,8 +94,8 @@ def sweep_folder(
     fold = model.select_folds(None if fold is None else (fold,), checkpoint)[0]
     find_cases(images, model.dataset_json["file_ending"], model.input_channels)
     return _Run(
-        model, Path(output_dir), Path(images), labels and Path(labels), calibrate, fold, checkpoint, device,
-        trust, progress,
+        model, Path(output_dir), Path(images), labels and Path(labels), calibrate, refine, fold, checkpoint,
+        device, trust, progress,
     ).run(dict(zip(names, configs, strict=True)))  # fmt: skip
 
 
@@ -118,6 +120,7 @@ class _Run:
     images: Path
     labels: Path | None
     calibrate: CalibrationSet | None
+    refine: Refinement | None
     fold: Fold
     checkpoint: str
     device: str
@@ -143,12 +146,11 @@ class _Run:
             self._report(name, done, steps)
             target = self.folder / "models" / _slug(name)
             if not self._is_made(name, config):
-                calibrations = (
-                    None if calibration is None or name.startswith("weber") else {self.fold: calibration}
-                )
+                published = name.startswith("weber")
                 compress_folder(
                     self.model.path, target, config, folds=(self.fold,), checkpoint=self.checkpoint,
-                    calibrate=calibrations, force=target.is_dir(), trust=self.trust,
+                    calibrate=None if calibration is None or published else {self.fold: calibration},
+                    refine=None if published else self.refine, force=target.is_dir(), trust=self.trust,
                 )  # fmt: skip
             asked = arguments | {"weights": sha256(target / f"fold_{self.fold}" / self.checkpoint)}
             row = study.step(_slug(name), asked, lambda n=name, t=target: self._predict(n, t))
@@ -168,6 +170,7 @@ class _Run:
             "calibrate": None
             if self.calibrate is None
             else self.calibrate.describe() | {"folder": self.calibrate.folder},
+            "refine": self.refine and self.refine.steps,
         }
         claim(self.folder, STATE, arguments, work="a sweep", otherwise="choose another output, or remove it")
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from tucker_ops.convert.refine import distance
 
 EPS = 1e-5
 
@@ -17,17 +18,9 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float, r
 
     Both are logits [N, K, *spatial]; a softmax over K, or with `regions` a sigmoid for each of K.
     """
-    student, teacher = student.float() / temperature, teacher.float() / temperature
-    if regions:
-        probability = teacher.sigmoid()
-        cross = F.binary_cross_entropy_with_logits(student, probability, reduction="none")
-        entropy = F.binary_cross_entropy_with_logits(teacher, probability, reduction="none")
-        per_voxel = (cross - entropy).sum(1)
-    else:
-        per_voxel = F.kl_div(
-            student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True
-        ).sum(1)
-    return per_voxel.mean() * temperature**2
+    likelihood = "sigmoid" if regions else "softmax"
+    softened = (logits.float() / temperature for logits in (student, teacher))
+    return distance(*softened, likelihood=likelihood) * temperature**2
 
 
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,172 @@
+"""Refining: a compressed network comes nearer to the dense one, and gets its weights back where it does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_networks import nnunet, snapshot
+from torch import nn
+from torch.nn import functional as F
+
+import tucker_ops
+from tucker_ops.convert import CompressionConfig, compress, refine
+from tucker_ops.convert.refine import JUDGED, distance
+from tucker_ops.errors import CalibrationError, ConfigError
+
+
+@pytest.fixture
+def pair():
+    """A compressed network, and the dense one."""
+    dense = nnunet(conv=nn.Conv2d).eval()
+    return compress(copy.deepcopy(dense), CompressionConfig(factor=0.3, min_rank=2, align=1)), dense
+
+
+def patches(count=4, size=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 1, size, size, generator=generator) for _ in range(count)]
+
+
+@torch.no_grad()
+def mean_distance(model, dense, inputs, likelihood="softmax"):
+    values = [distance(model(x), dense(x), likelihood=likelihood) for x in inputs]
+    return float(torch.stack(values).mean())
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+def test_distance_is_the_divergence_written_out(likelihood):
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64).unbind()
+    if likelihood == "softmax":
+        p, q = teacher.softmax(1), student.softmax(1)
+        expected = (p * (p / q).log()).sum(1).mean()
+    else:
+        p, q = teacher.sigmoid(), student.sigmoid()
+        expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+    torch.testing.assert_close(
+        distance(student, teacher, likelihood=likelihood).double(), expected, rtol=1e-5, atol=1e-7
+    )
+    assert distance(teacher, teacher, likelihood=likelihood).abs() < 1e-6
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+def test_nearer_on_inputs_seen_and_unseen(pair, likelihood):
+    model, dense = pair
+    untouched = snapshot(dense)
+    seen, unseen = patches(12)[:8], patches(12)[8:]
+    before = [mean_distance(model, dense, part, likelihood) for part in (seen, unseen)]
+    steps = []
+    outcome = refine(
+        model, dense, seen, steps=40, likelihood=likelihood, progress=lambda *done: steps.append(done)
+    )
+    after = [mean_distance(model, dense, part, likelihood) for part in (seen, unseen)]
+    assert outcome.kept and outcome.reason == ""
+    # All eight are judged, in whatever order.
+    assert len(seen) == JUDGED
+    assert outcome.before == pytest.approx(before[0], rel=1e-4)
+    assert outcome.after == pytest.approx(after[0], rel=1e-4)
+    assert after[0] < 0.8 * before[0] and after[1] < 0.9 * before[1]
+    assert steps[0] == (1, 40, "") and steps[-1] == (40, 40, "") and len(steps) == 40
+    assert snapshot(dense) == untouched
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_same_twice(pair):
+    model, dense = pair
+    twin = copy.deepcopy(model)
+    outcomes = [refine(m, dense, patches(), steps=5) for m in (model, twin)]
+    assert outcomes[0] == outcomes[1]
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("what", ["too fast", "interrupted", "broken input"])
+def test_weights_come_back(pair, what):
+    model, dense = pair
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    if what == "too fast":
+        outcome = refine(model, dense, patches(), steps=3, learning_rate=3.0)
+        assert not outcome.kept and "came no nearer to the dense model" in outcome.reason
+    elif what == "interrupted":
+
+        def stop(done, total, name):
+            if done == 3:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            refine(model, dense, patches(), steps=5, progress=stop)
+    else:
+        inputs = patches(40)
+        for number, x in enumerate(inputs):
+            # Those that are judged first stay whole.
+            if number not in torch.randperm(40, generator=torch.Generator().manual_seed(0))[:JUDGED]:
+                x[..., 0, 0] = float("nan")
+        with pytest.raises(CalibrationError, match="holds NaN or infinite values; repair"):
+            refine(model, dense, inputs, steps=40)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_running_statistics_and_dropout_stay_as_in_evaluation():
+    """Batch norm in training mode would move its statistics, and dropout would make noise of the distance."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16)
+            self.drop, self.second = nn.Dropout2d(0.9), nn.Conv2d(16, 16, 3, padding=1)
+            self.head = nn.Conv2d(16, 3, 1)
+
+        def forward(self, x):
+            x = self.drop(F.relu(self.norm(self.first(x))))
+            return self.head(F.relu(self.second(x)))
+
+    dense = Net().eval()
+    model = compress(copy.deepcopy(dense), CompressionConfig(factor=0.25, min_rank=2, align=1))
+    before = copy.deepcopy(dict(model.named_buffers()))
+    outcome = refine(model, dense, patches(2), steps=10)
+    assert outcome.kept
+    assert outcome.after == pytest.approx(mean_distance(model.eval(), dense, patches(2)), rel=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+
+
+def test_frozen_parameters_stay(pair):
+    model, dense = pair
+    frozen = {name for name, p in model.named_parameters() if "norm" in name}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in frozen)
+    before = copy.deepcopy(model.state_dict())
+    assert refine(model, dense, patches(), steps=10).kept
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and not changed & frozen
+
+
+def test_refusals(pair):
+    model, dense = pair
+    with pytest.raises(ConfigError, match="steps must be a whole number of at least 1, got 0"):
+        refine(model, dense, patches(), steps=0)
+    with pytest.raises(ConfigError, match="learning_rate must be a number above 0"):
+        refine(model, dense, patches(), learning_rate=float("nan"))
+    with pytest.raises(ConfigError, match="likelihood must be one of softmax, sigmoid"):
+        refine(model, dense, patches(), likelihood="argmax")
+    with pytest.raises(CalibrationError, match="no inputs to refine on"):
+        refine(model, dense, [])
+    with pytest.raises(CalibrationError, match="the same shape for both; got"):
+        refine(model, nnunet(conv=nn.Conv2d, outputs=5).eval(), patches())
+    broken = copy.deepcopy(model)
+    next(broken.parameters()).data.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="its output is not finite"):
+        refine(broken, dense, patches())
+    with pytest.raises(ConfigError, match=r"no parameter of .* requires a gradient"):
+        refine(model.requires_grad_(False), dense, patches())
+
+
+def test_nothing_to_gain(pair):
+    dense = pair[1]
+    outcome = refine(copy.deepcopy(dense), dense, patches(2), steps=2)
+    assert (outcome.before, outcome.kept) == (0.0, False)
+    assert tucker_ops.refine is refine

@@ -1,0 +1,223 @@
+"""A compressed network brought nearer to the dense one on unlabelled inputs, by all of its weights together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from tucker_ops.convert.calibrate import LIKELIHOODS
+from tucker_ops.errors import CalibrationError, ConfigError
+
+Progress = Callable[[int, int, str], None]
+
+# Peak step of each weight, as a multiple of √distance; NOTES.md tells what others gave.
+RATE = 2e-3
+# Inputs on which the distance is measured before and after.
+JUDGED = 8
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What `refine` did: distances in nats a voxel, before and after ``steps`` at a peak of ``learning_rate``."""
+
+    steps: int
+    learning_rate: float
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the new weights stayed. Where they came no nearer, the model is as it was."""
+        return self.after < self.before
+
+    @property
+    def reason(self) -> str:
+        """Why the new weights did not stay; empty where they did."""
+        if self.kept:
+            return ""
+        return (
+            f"{self.steps} steps at {self.learning_rate:.1g} came no nearer to the dense model ({self.before:.3g} nats "
+            f"a voxel before, {self.after:.3g} after), so the weights stayed as they were"
+        )
+
+
+def distance(student: Tensor, teacher: Tensor, *, likelihood: str = "softmax") -> Tensor:
+    """KL(teacher ‖ student) in nats, mean over voxels, of logits [N, K, *spatial].
+
+    A softmax over K classes that exclude each other, or ("sigmoid") K independent ones, whose divergences add up.
+    """
+    student, teacher = student.float(), teacher.float()
+    if likelihood == "sigmoid":
+        probability = teacher.sigmoid()
+        cross = F.binary_cross_entropy_with_logits(student, probability, reduction="none")
+        entropy = F.binary_cross_entropy_with_logits(teacher, probability, reduction="none")
+        return (cross - entropy).sum(1).mean()
+    divergence = F.kl_div(
+        student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+    return divergence.mean()
+
+
+def refine(
+    model: nn.Module,
+    dense: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    steps: int = 100,
+    learning_rate: float | None = None,
+    likelihood: str = "softmax",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Refined:
+    """Train `model`, in place, to give what `dense` gives on `inputs`; no labels are needed.
+
+    Minimises the KL divergence of `distance`, of which `calibrate` knows the second order at the dense weights and
+    layer by layer only: here layers make up for each other's errors. Adam, one input a step, all of them in turn and in
+    random order; linear warm-up over a tenth of the steps, then down to 0. The divergence grows as the square of what
+    the weights are off by, so the peak is `RATE` times the root of what it is at first: a network that is nearly right
+    is moved little. Norms that keep running statistics and dropout stay in evaluation mode.
+
+    Args:
+        model: compressed; parameters that require no gradient stay as they are.
+        dense: what it was made from, on the same device; runs in evaluation mode and is not changed.
+        inputs: tensors [N, C, *spatial] on that device, as prediction gives them; small ones mislead norms that
+            compute their statistics on them. Indexed when needed, so a lazy sequence will do.
+        steps: of the optimizer, each a forward pass of both and a backward pass of `model`.
+        learning_rate: the peak, instead of the rule's.
+        likelihood: "softmax" or "sigmoid", as in `calibrate`.
+        progress: called as progress(done, steps, "") after each step.
+
+    The distance on up to `JUDGED` of the inputs is measured before and after; a model that came no nearer gets its
+    weights back, and `Refined.reason` says so. The same on an interrupt or error. Raises CalibrationError for no
+    inputs, inputs with NaN, or outputs that do not fit each other, and ConfigError for options out of range.
+    """
+    if likelihood not in LIKELIHOODS:
+        raise ConfigError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"steps must be a whole number of at least 1, got {steps!r}")
+    if learning_rate is not None and not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ConfigError(f"learning_rate must be a number above 0, got {learning_rate!r}")
+    if not len(inputs):
+        raise CalibrationError("no inputs to refine on; give at least one")
+    weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    if not weights:
+        raise ConfigError(
+            f"no parameter of {type(model).__name__} requires a gradient; nothing can be refined"
+        )
+    judged = list(islice(_order(len(inputs), seed), min(JUDGED, len(inputs))))
+    kept = [p.detach().clone() for p in weights]
+    with _modes(model, dense):
+        before = _mean_distance(model, dense, inputs, judged, likelihood)
+        if not math.isfinite(before):
+            raise CalibrationError(
+                f"the compressed model is {before} from the dense one on these inputs; its output is not finite, so "
+                "there is nothing to refine: compress it anew, or look for infinite weights"
+            )
+        rate = learning_rate or RATE * math.sqrt(before)
+        try:
+            if before > 0:
+                _train(model, dense, inputs, weights, steps, rate, before, likelihood, seed, progress)
+            result = Refined(steps, rate, before, _mean_distance(model, dense, inputs, judged, likelihood))
+        except BaseException:
+            _put_back(weights, kept)
+            raise
+        if not result.kept:
+            _put_back(weights, kept)
+    return result
+
+
+def _train(
+    model: nn.Module,
+    dense: nn.Module,
+    inputs: Sequence[Tensor],
+    weights: Sequence[nn.Parameter],
+    steps: int,
+    rate: float,
+    scale: float,
+    likelihood: str,
+    seed: int,
+    progress: Progress | None,
+) -> None:
+    optimizer = torch.optim.Adam(weights, lr=rate)
+    order = _order(len(inputs), seed)
+    warmup = max(1, steps // 10)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        batch = inputs[next(order)]
+        with torch.enable_grad():
+            # In units of what it was: Adam's own epsilon would else decide where networks are nearly right.
+            loss = _distance(model, dense, batch, likelihood) / scale
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        if not all(g is None or torch.isfinite(g).all() for g in gradients):
+            raise CalibrationError(
+                f"step {step + 1} of refining has a gradient that is not finite; lower learning_rate, {rate:.1g} now"
+            )
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+        if progress is not None:
+            progress(step + 1, steps, "")
+    for weight in weights:
+        weight.grad = None
+
+
+def _order(count: int, seed: int) -> Iterator[int]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _put_back(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for weight, value in zip(weights, kept, strict=True):
+            weight.copy_(value)
+            weight.grad = None
+
+
+def _mean_distance(
+    model: nn.Module, dense: nn.Module, inputs: Sequence[Tensor], numbers: Sequence[int], likelihood: str
+) -> float:
+    with torch.no_grad():
+        return sum(float(_distance(model, dense, inputs[n], likelihood)) for n in numbers) / len(numbers)
+
+
+def _distance(model: nn.Module, dense: nn.Module, batch: Tensor, likelihood: str) -> Tensor:
+    if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
+        what = "NaN or infinite values" if isinstance(batch, Tensor) else type(batch).__name__
+        raise CalibrationError(f"an input to refine on holds {what}; repair or remove it")
+    with torch.no_grad():
+        taught = dense(batch)
+    found = model(batch)
+    if not (isinstance(found, Tensor) and isinstance(taught, Tensor) and found.shape == taught.shape):
+        shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in (found, taught)]
+        raise CalibrationError(
+            f"refining takes two models whose output is one tensor of logits, the same shape for both; got {shapes[0]} "
+            f"from the compressed and {shapes[1]} from the dense one. Switch deep supervision off"
+        )
+    return distance(found, taught, likelihood=likelihood)
+
+
+@contextmanager
+def _modes(model: nn.Module, dense: nn.Module) -> Iterator[None]:
+    """`dense` in evaluation mode; `model` in training mode but for what would compute something else there."""
+    training = {module: module.training for network in (model, dense) for module in network.modules()}
+    model.train()
+    dense.eval()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or (isinstance(module, _NormBase) and module.track_running_stats):
+            module.eval()
+    try:
+        yield
+    finally:
+        for module, value in training.items():
+            module.training = value
