@@ -105,7 +105,7 @@ class Variant:
 
     @property
     def slug(self) -> str:
-        return re.sub("[^a-z0-9]+", "-", self.name)
+        return re.sub("[^a-z0-9]+", "-", self.name.lower())
 
 
 def variants(model: Path, factor: float) -> tuple[Variant, ...]:

@@ -58,7 +58,7 @@ RefineOption = Annotated[
     typer.Option(
         "--refine",
         help="Steps of training all weights together towards the dense model's output on the images of --calibrate; "
-        "100 take minutes, need no labels, and win back about half of what was lost.",
+        "100 take minutes, need no labels, and win back more than half of what was lost.",
     ),
 ]
 

@@ -87,7 +87,7 @@ def refine(
     is moved little. Norms that keep running statistics and dropout stay in evaluation mode.
 
     Args:
-        model: compressed; parameters that require no gradient stay as they are.
+        model: compressed, in float32; parameters that require no gradient stay as they are.
         dense: what it was made from, on the same device; runs in evaluation mode and is not changed.
         inputs: tensors [N, C, *spatial] on that device, as prediction gives them; small ones mislead norms that
             compute their statistics on them. Indexed when needed, so a lazy sequence will do.

@@ -41,7 +41,7 @@ def refine_network(
     *,
     progress: Progress | None = None,
 ) -> tuple[Refined, dict[str, Any]]:
-    """`tucker_ops.refine` of `network` towards `dense`, in float32; also returns on what, JSON-ready.
+    """`tucker_ops.refine` of `network` towards `dense`, which is frozen, in float32; also returns on what, JSON-ready.
 
     `mirror_axes` are those along which prediction mirrors: the network is refined on what it will be shown (see
     `mirrorings`), and few images go a longer way. There is no other augmentation: what the dense model says of images

@@ -302,7 +302,7 @@ class _Run:
                 f"fine-tuning took fold {fold} away from the dense model, on whole patches of the images it was "
                 f"trained on ({before:.3g} nats a voxel before, {after:.3g} after), and nothing was written; lower "
                 "--learning-rate (learning_rate=), enlarge --patch (patch_size=) to the plans', or give labels, each "
-                "with --restart (restart=True)"
+                "with --restart (restart=True); or compress anew with --refine, which learns without augmentation"
             )
 
     def _distribute(self, job: _Job) -> None:
