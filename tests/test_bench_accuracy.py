@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import matplotlib
 import pytest
 
 pytest.importorskip("nnunetv2")
@@ -78,7 +79,7 @@ def rows():
     ]
 
 
-def test_page_plot_and_rows(tmp_path):
+def test_page_plot_and_rows(tmp_path, monkeypatch):
     about = {"cpu": "some", "cores": 2, "torch": "2", "commit": "abc"}
     text = output.markdown(rows(), about, {"steps": 200}, 12.4)
     assert (
@@ -90,7 +91,12 @@ def test_page_plot_and_rows(tmp_path):
     assert "| 0.8000 | 31 | 0.9321 |" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plain = (tmp_path / "plot.png").read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    # As nnU-Net's trainer leaves it.
+    monkeypatch.setitem(matplotlib.rcParams, "font.size", 40)
+    output.plot(rows(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes() == plain
     write_rows(rows(), tmp_path / "rows.json")
     written = json.loads((tmp_path / "rows.json").read_text())
     assert len(written) == 5 and all("dice_per_case" not in row for row in written)

@@ -42,7 +42,8 @@ def main() -> None:
     def log(text: str) -> None:
         print(f"{(time.perf_counter() - start) / 60:5.1f} min  {text}", file=sys.stderr, flush=True)
 
-    options = Options()
+    # Before the hour in which the tree may change.
+    options, about = Options(), provenance()
     resumed = (arguments.work / "steps").is_dir()
     try:
         rows = run(Sources(arguments.sources), arguments.work, options, log)
@@ -50,7 +51,7 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: {error}")
     minutes = (Study(arguments.work).seconds() if resumed else time.perf_counter() - start) / 60
     write_rows(rows, arguments.output / "results.json")
-    text = markdown(rows, provenance(), asdict(options), minutes, resumed=resumed)
+    text = markdown(rows, about, asdict(options), minutes, resumed=resumed)
     write_file(arguments.output / "results.md", text.encode(), force=True)
     plot(rows, arguments.output / "accuracy.png")
     print(text)

@@ -112,6 +112,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    # nnU-Net's trainer, which ran before, sets fonts of its own for the whole process.
+    with pyplot.style.context("default", after_reset=True):
+        figure = _figure(rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    pyplot.close(figure)
+
+
+def _figure(rows: Sequence[Row]) -> Any:
+    from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, data, key, title in (
         (axes[0], "hippocampus", "dice", "Hippocampus, 39 validation cases: Dice"),
@@ -136,8 +149,4 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set(xlabel="parameters, % of the dense model's", title=title, xscale="log")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-    pyplot.close(figure)
+    return figure
