@@ -167,9 +167,8 @@ class _Part:
         """The model folder, made unless it is there, and what it depends on."""
         target = self.folder / "models" / name
         digest = calibration.digest if variant.calibrated else None
-        known = {"config": variant.config.to_dict(), "calibration": digest, "refine": 0}
-        if variant.refined:
-            known |= {"refine": refine.steps, "on": refine.data.describe()}
+        known = {"config": variant.config.to_dict(), "calibration": digest}
+        known["refine"] = refine.describe() if variant.refined else None
         kept = target.with_name(f"{name}.json")
         if (
             target.is_dir()

@@ -170,6 +170,15 @@ def test_validation_cases_are_left_out(tmp_path, images):
         compress_folder(model, tmp_path / "no", SMALL, refine=Refinement(wrong, 1))
 
 
+def test_of_many_cases_only_some_are_read(tmp_path, tiny_model, images, monkeypatch):
+    """Evenly among all: of two, the first."""
+    monkeypatch.setattr(refinement, "MOST_CASES", 1)
+    (images / "b_0000.nii.gz").write_bytes(b"not to be opened")
+    refine = Refinement(CalibrationSet(images, patches=3), 1)
+    manifest = compress_folder(tiny_model, tmp_path / "out", SMALL, refine=refine)
+    assert "3 patches of 16×16×16 from 1 cases" in manifest.refinement["source"]
+
+
 def test_sweep_refines_each_but_the_published_rule(tmp_path, tiny_model, images):
     write_image(tmp_path / "more" / "c_0000.nii.gz", (20, 20, 18), seed=3)
     data = CalibrationSet(tmp_path / "more", patches=1)
@@ -185,3 +194,6 @@ def test_sweep_refines_each_but_the_published_rule(tmp_path, tiny_model, images)
         sweep_folder(
             tiny_model, tmp_path / "out", images, configs, calibrate=data, refine=Refinement(data, 3)
         )
+    with pytest.raises(ResumeError, match="another refine"):
+        other = Refinement(CalibrationSet(images, patches=1), 2)
+        sweep_folder(tiny_model, tmp_path / "out", images, configs, calibrate=data, refine=other)

@@ -186,7 +186,7 @@ def compress(
     for path, manifest in manifests.items():
         console().print(plan_table(manifest.plan, manifest.mean_errors()))
         console().print(summary_table(manifest))
-        for fold, outcome in (manifest.refinement or {"folds": {}})["folds"].items():
+        for fold, outcome in manifest.refined_folds().items():
             if outcome["reason"]:
                 console().print(f"Fold {fold} not refined: {outcome['reason']}", soft_wrap=True)
         for failure in (manifest.check or {}).get("failures", ()):

@@ -92,12 +92,15 @@ def calibrate_network(
 
 
 class CalibrationPatches:
-    """The random patches of a calibration set, preprocessed as nnU-Net does for this model.
+    """The random patches of a calibration set, preprocessed as nnU-Net does for this model; of `most_cases` at most,
+    evenly among all, where that is given.
 
     Raises as `calibrate_network` does for images.
     """
 
-    def __init__(self, source: ModelFolder, data: CalibrationSet, fold: Fold):
+    def __init__(
+        self, source: ModelFolder, data: CalibrationSet, fold: Fold, *, most_cases: int | None = None
+    ):
         if source.previous_stage is not None:
             raise ConfigError(
                 f"{source.path} is the second stage of a cascade, which also reads segmentations of "
@@ -105,7 +108,10 @@ class CalibrationPatches:
             )
         self._source, self._seed = source, data.seed
         self._volumes = _Volumes(source, data, fold)
-        self._share = math.ceil(max(data.patches, len(self._volumes)) / len(self._volumes))
+        names = list(self._volumes)
+        count = min(len(names), most_cases or len(names))
+        self._names = [names[number * len(names) // count] for number in range(count)]
+        self._share = math.ceil(max(data.patches, count) / count)
         self._sizes: set[tuple[int, ...]] = set()
 
     @property
@@ -116,8 +122,8 @@ class CalibrationPatches:
     def read(self, progress: Progress) -> Iterator[Tensor]:
         """Tensors [1, C, *patch], the same on every call."""
         generator = torch.Generator().manual_seed(self._seed)
-        done, total = 0, self._share * len(self._volumes)
-        for name in self._volumes:
+        done, total = 0, self._share * len(self._names)
+        for name in self._names:
             volume = self._volumes.read(name)
             size = patch_extents(self._source, volume.shape[1:])
             self._sizes.add(size)
@@ -129,7 +135,7 @@ class CalibrationPatches:
     def describe(self) -> str:
         """What was read so far, in words."""
         extents = " or ".join("×".join(map(str, size)) for size in sorted(self._sizes))
-        cases = len(self._volumes)
+        cases = len(self._names)
         return f"{self._share * cases} patches of {extents} from {cases} cases"
 
 
@@ -181,9 +187,6 @@ class _Volumes:
     @property
     def has_regions(self) -> bool:
         return self._preprocessor.labels.has_regions
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

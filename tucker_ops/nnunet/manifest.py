@@ -72,6 +72,10 @@ class Manifest:
         folds = list(self.errors.values())
         return {name: sum(fold[name] for fold in folds) / len(folds) for name in folds[0]}
 
+    def refined_folds(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of each fold that was to be refined the fields of `Refined` and its reason; none where none was."""
+        return {} if self.refinement is None else self.refinement["folds"]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,

@@ -18,6 +18,9 @@ from tucker_ops.nnunet.patches import mirrorings
 
 Progress = Callable[[str, int, int], None]
 
+# Their patches stay in memory, at most 3.5 MB a channel each, and every case must be preprocessed first.
+MOST_CASES = 64
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -29,6 +32,10 @@ class Refinement:
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"refining takes a whole number of steps of at least 1, got {self.steps!r}")
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-ready, without the folder's path."""
+        return self.data.describe() | {"steps": self.steps}
 
 
 def refine_network(
@@ -47,7 +54,7 @@ def refine_network(
     `mirrorings`), and few images go a longer way. There is no other augmentation: what the dense model says of images
     unlike any that it was trained on is nothing to learn from. Raises as `calibrate_network` and `tucker_ops.refine`.
     """
-    patches = CalibrationPatches(source, refinement.data, fold)
+    patches = CalibrationPatches(source, refinement.data, fold, most_cases=MOST_CASES)
     inputs = _Mirrored(list(patches.read(lambda *_: None)), mirrorings(mirror_axes))
 
     def report(done: int, total: int, _: str) -> None:
@@ -63,12 +70,8 @@ def refine_network(
         seed=refinement.data.seed,
         progress=report,
     )
-    described = {
-        "source": patches.describe(),
-        "mirror_axes": list(mirror_axes or ()),
-        "steps": refinement.steps,
-    }
-    return outcome, described | refinement.data.describe()
+    on = {"source": patches.describe(), "mirror_axes": list(mirror_axes or ())}
+    return outcome, on | refinement.describe()
 
 
 class _Mirrored(Sequence[Tensor]):

@@ -58,7 +58,7 @@ def summary_table(manifest: Manifest) -> Table:
             label, f"{before / unit:.2f} {name}", f"{after / unit:.2f} {name}", f"{after / before:.1%}"
         )
     table.add_row("factorised layers", "", f"{len(plan.ranks)} of {len(plan.layers)}", "")
-    for fold, outcome in (manifest.refinement or {"folds": {}})["folds"].items():
+    for fold, outcome in manifest.refined_folds().items():
         before, after = (f"{outcome[key]:.3g} nats a voxel" for key in ("before", "after"))
         table.add_row(f"refined, fold {fold}", before, after if not outcome["reason"] else "not kept", "")
     label, errors = "largest errors", manifest.mean_errors()

@@ -170,7 +170,7 @@ class _Run:
             "calibrate": None
             if self.calibrate is None
             else self.calibrate.describe() | {"folder": self.calibrate.folder},
-            "refine": self.refine and self.refine.steps,
+            "refine": self.refine and self.refine.describe() | {"folder": self.refine.data.folder},
         }
         claim(self.folder, STATE, arguments, work="a sweep", otherwise="choose another output, or remove it")
 
