@@ -10,9 +10,12 @@ import pytest
 pytest.importorskip("nnunetv2")
 
 from bench.accuracy import output
+from bench.accuracy.ct import CT
+from bench.accuracy.part import Options
 from bench.accuracy.sources import Sources, calibration_cases, linked
-from bench.accuracy.study import Options, write_rows
+from bench.accuracy.study import write_rows
 from tucker_ops.errors import ConfigError
+from tucker_ops.nnunet.study import Study
 from tucker_ops.nnunet.training import TrainingSet
 
 
@@ -59,6 +62,27 @@ def test_absent_sources_and_links(tmp_path):
     assert (folder / "b.txt").read_text() == "x"
 
 
+def test_halves_of_the_ct_are_joined_without_what_was_seen(tmp_path):
+    """The model called "first" saw the first half, and the other the second: each counts on the other half."""
+    import numpy
+    import SimpleITK
+
+    part = CT(None, tmp_path, Options(), Study(tmp_path), print)
+    for name, value in (("first", 1), ("second", 2)):
+        (tmp_path / name).mkdir()
+        image = SimpleITK.GetImageFromArray(numpy.full((3, 4, 5), value, numpy.uint8))
+        SimpleITK.WriteImage(image, str(tmp_path / name / "ct.nii.gz"))
+        part._half(tmp_path / name / "ct.nii.gz", "ct.nii.gz", tmp_path / f"half-{name}", name)
+    joined = part._joined(tmp_path / "second", tmp_path / "first") / "ct.nii.gz"
+    values = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(joined)))
+    assert (values[:, :, :2] == 2).all() and (values[:, :, 2:] == 1).all()
+    sizes = [
+        SimpleITK.ReadImage(str(tmp_path / f"half-{name}" / "ct.nii.gz")).GetSize()
+        for name in ("first", "second")
+    ]
+    assert sizes == [(2, 4, 3), (3, 4, 3)]
+
+
 def rows():
     size = {"of_dense": 0.123, "macs_of_dense": 0.2, "factor": 0.3, "steps": 0}
     compared = {
@@ -69,12 +93,16 @@ def rows():
     }
     hippocampus = {"data": "hippocampus", "dice": 0.867, "nsd": 0.95, "dice_per_case": {"a": {"anterior": 1}}}
     ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "other_half": 0.96, "other_half_worst": 0.8}
-    ct |= {"other_half_worst_sizeable": 0.9321}
+    ct |= {"other_half_worst_sizeable": 0.9321, "unseen": 0.975, "unseen_worst": 0.8123}
     return [
         hippocampus | size | {"policy": "dense", "of_dense": 1.0},
         hippocampus | size | {"policy": "calibrated"} | compared,
         hippocampus | size | {"policy": "calibrated", "steps": 200} | compared,
         {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31} | size | ct,
+        {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31}
+        | size
+        | ct
+        | {"unseen": None, "steps": 9},
         {"data": "latency", "asked_ms": 80.0, "planned_ms": 82.0, "again_ms": 84.0, "dense_ms": 160.0} | size,
     ]
 
@@ -88,7 +116,8 @@ def test_page_plot_and_rows(tmp_path, monkeypatch):
     assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "; 12 minutes." in text
     resumed = output.markdown(rows(), about, {"steps": 200}, 12.4, resumed=True)
     assert "resumed, its longer steps took 12 minutes" in resumed
-    assert "| 0.8000 | 31 | 0.9321 |" in text
+    assert "| 0.9800 | 0.9750 | 0.8123 | 0.9600 | 0.8000 | 31 | 0.9321 |" in text
+    assert "| 0.9800 |  |  | 0.9600 |" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     plain = (tmp_path / "plot.png").read_bytes()
@@ -99,4 +128,4 @@ def test_page_plot_and_rows(tmp_path, monkeypatch):
     assert (tmp_path / "plot.png").read_bytes() == plain
     write_rows(rows(), tmp_path / "rows.json")
     written = json.loads((tmp_path / "rows.json").read_text())
-    assert len(written) == 5 and all("dice_per_case" not in row for row in written)
+    assert len(written) == 6 and all("dice_per_case" not in row for row in written)

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.accuracy.output import markdown, plot
+from bench.accuracy.part import Options
 from bench.accuracy.sources import Sources
-from bench.accuracy.study import Options, run, write_rows
+from bench.accuracy.study import run, write_rows
 from bench.provenance import REPOSITORY, provenance
 from tucker_ops.errors import TuckerOpsError
 from tucker_ops.nnunet.output import write_file
