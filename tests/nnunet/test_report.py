@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("nnunetv2")
 import SimpleITK as sitk
+from rich.console import Console
 from typer.testing import CliRunner
 
 from tucker_ops.cli import app
@@ -160,6 +161,22 @@ def test_manifest_alone(model, tmp_path):
     assert "encoder.stages.0.0.convs.0.conv" in page
     assert "reads the network&#x27;s input" in page
     assert cells(report.summary, "parameters, million") == ["parameters, million", "2.000", "0.500", "0.250×"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_narrow_terminals_cut_no_figure(width):
+    rows = [
+        ["dense", "5.60*", "33.2*", "51.0*", "0.8715*", "–"],
+        ["calibrated, refined, 13 % of the MACs", "0.53*", "4.40*", "19.2*", "0.8690", "-0.0025"],
+    ]
+    table = TextTable("Dice with the labels", ["", "M params", "G MACs", "ms", "Dice", "change"], rows)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table.rich())
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    for row in rows:
+        assert any(all(cell in line.split() for cell in row[1:]) for line in lines)
+    assert all(any(word in line for line in lines) for word in ("calibrated", "refined", "MACs"))
 
 
 def test_everything_but_speed(model, volumes, tmp_path):

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+# Characters up to which a cell is shown in one piece, however narrow the terminal.
+FIGURE = 12
+
+
 @dataclass(frozen=True)
 class TextTable:
     """Rows of text; the first column holds names, the others figures."""
@@ -25,11 +29,24 @@ class TextTable:
     rows: Sequence[Sequence[str]]
 
     def rich(self) -> Table:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=self.title, title_justify="left")
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 2, 0, 0),
+            pad_edge=False,
+        )
         for index, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+            longest = max((len(row[index]) for row in self.rows), default=0)
+            # A figure that is cut is another figure; names and reasons take a second line instead.
+            whole = longest if 0 < index and longest <= FIGURE else None
+            table.add_column(
+                column, justify="left" if index == 0 else "right", overflow="fold", min_width=whole
+            )
         for row in self.rows:
             table.add_row(*row)
         return table
