@@ -14,7 +14,7 @@ from tiny import make_model, write_image
 from tucker_ops.convert import CompressionConfig
 from tucker_ops.convert.refine import distance
 from tucker_ops.errors import ConfigError, ImageError, ResumeError
-from tucker_ops.nnunet import refinement
+from tucker_ops.nnunet import calibration, refinement
 from tucker_ops.nnunet.calibration import CalibrationPatches, CalibrationSet
 from tucker_ops.nnunet.compress import compress_folder, load_network
 from tucker_ops.nnunet.folder import read_model_folder
@@ -172,11 +172,18 @@ def test_validation_cases_are_left_out(tmp_path, images):
 
 def test_of_many_cases_only_some_are_read(tmp_path, tiny_model, images, monkeypatch):
     """Evenly among all: of two, the first."""
-    monkeypatch.setattr(refinement, "MOST_CASES", 1)
+    monkeypatch.setattr(calibration, "MOST_CASES", 1)
     (images / "b_0000.nii.gz").write_bytes(b"not to be opened")
-    refine = Refinement(CalibrationSet(images, patches=3), 1)
-    manifest = compress_folder(tiny_model, tmp_path / "out", SMALL, refine=refine)
-    assert "3 patches of 16×16×16 from 1 cases" in manifest.refinement["source"]
+    data = CalibrationSet(images, patches=1)
+    manifest = compress_folder(
+        tiny_model, tmp_path / "out", SMALL, calibrate=data, refine=Refinement(data, 1)
+    )
+    for told in (manifest.refinement, manifest.calibration):
+        assert "1 patches of 16×16×16 from 1 of 2 cases" in told["source"]
+    # Asked for more, or for a case by its name, it is read.
+    for wanted in (CalibrationSet(images, patches=2), CalibrationSet(images, cases=("b",), patches=1)):
+        with pytest.raises(ImageError, match="b_0000"):
+            compress_folder(tiny_model, tmp_path / "other", SMALL, calibrate=wanted)
 
 
 def test_sweep_refines_each_but_the_published_rule(tmp_path, tiny_model, images):

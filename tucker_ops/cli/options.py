@@ -41,7 +41,10 @@ MinRankOption = Annotated[int, typer.Option("--min-rank", help="Smallest rank.")
 AlignOption = Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")]
 CalibrateCaseOption = Annotated[
     list[str] | None,
-    typer.Option("--calibrate-case", help="Calibrate on this case only; repeat it [default: all]."),
+    typer.Option(
+        "--calibrate-case",
+        help="Calibrate on this case only; repeat it [default: all, or 64 evenly among more].",
+    ),
 ]
 CalibrateSplitsOption = Annotated[
     Path | None,
@@ -51,7 +54,10 @@ CalibrateSplitsOption = Annotated[
 ]
 CalibratePatchesOption = Annotated[
     int | None,
-    typer.Option("--calibrate-patches", help="Random patches, at least one a case [default: 16]."),
+    typer.Option(
+        "--calibrate-patches",
+        help="Random patches, at least one a case [default: 16]; more than 64 also read more cases.",
+    ),
 ]
 RefineOption = Annotated[
     int | None,

@@ -25,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 
 # A limit for memory's sake. Small patches calibrate worse, because norms see other statistics than in prediction.
 LARGEST_PATCH = 96**3
+# Every case must be read and preprocessed, and refining keeps its patches in memory, at most 3.5 MB a channel each.
+MOST_CASES = 64
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class CalibrationSet:
 
     Args:
         folder: images named CASE_0000 as for prediction, or cases that nnU-Net preprocessed for this configuration.
-        cases: names of those to use; all by default.
+        cases: names of those to use [default: all, of more than 64 as many as there are patches, but no fewer than
+            64, evenly among them].
         splits: a splits_final.json: of each fold its training cases are used, and of `cases` none may be a validation
             case of it [default: the one that nnU-Net left beside preprocessed cases, else none].
         patches: random patches, dealt out evenly among the cases, at least one each.
@@ -92,15 +95,12 @@ def calibrate_network(
 
 
 class CalibrationPatches:
-    """The random patches of a calibration set, preprocessed as nnU-Net does for this model; of `most_cases` at most,
-    evenly among all, where that is given.
+    """The random patches of a calibration set, preprocessed as nnU-Net does for this model.
 
     Raises as `calibrate_network` does for images.
     """
 
-    def __init__(
-        self, source: ModelFolder, data: CalibrationSet, fold: Fold, *, most_cases: int | None = None
-    ):
+    def __init__(self, source: ModelFolder, data: CalibrationSet, fold: Fold):
         if source.previous_stage is not None:
             raise ConfigError(
                 f"{source.path} is the second stage of a cascade, which also reads segmentations of "
@@ -109,7 +109,8 @@ class CalibrationPatches:
         self._source, self._seed = source, data.seed
         self._volumes = _Volumes(source, data, fold)
         names = list(self._volumes)
-        count = min(len(names), most_cases or len(names))
+        count = len(names) if data.cases is not None else min(len(names), max(MOST_CASES, data.patches))
+        self._available = len(names)
         self._names = [names[number * len(names) // count] for number in range(count)]
         self._share = math.ceil(max(data.patches, count) / count)
         self._sizes: set[tuple[int, ...]] = set()
@@ -136,7 +137,8 @@ class CalibrationPatches:
         """What was read so far, in words."""
         extents = " or ".join("×".join(map(str, size)) for size in sorted(self._sizes))
         cases = len(self._names)
-        return f"{self._share * cases} patches of {extents} from {cases} cases"
+        of = f" of {self._available}" if cases < self._available else ""
+        return f"{self._share * cases} patches of {extents} from {cases}{of} cases"
 
 
 def patch_extents(source: ModelFolder, volume: Sequence[int]) -> tuple[int, ...]:

@@ -18,9 +18,6 @@ from tucker_ops.nnunet.patches import mirrorings
 
 Progress = Callable[[str, int, int], None]
 
-# Their patches stay in memory, at most 3.5 MB a channel each, and every case must be preprocessed first.
-MOST_CASES = 64
-
 
 @dataclass(frozen=True)
 class Refinement:
@@ -54,7 +51,7 @@ def refine_network(
     `mirrorings`), and few images go a longer way. There is no other augmentation: what the dense model says of images
     unlike any that it was trained on is nothing to learn from. Raises as `calibrate_network` and `tucker_ops.refine`.
     """
-    patches = CalibrationPatches(source, refinement.data, fold, most_cases=MOST_CASES)
+    patches = CalibrationPatches(source, refinement.data, fold)
     inputs = _Mirrored(list(patches.read(lambda *_: None)), mirrorings(mirror_axes))
 
     def report(done: int, total: int, _: str) -> None:
