@@ -57,7 +57,8 @@ def markdown(
         "",
         "Calibrated on the first half (left to right) of one CT; Dice with the dense output, mean and worst of the "
         "classes that are there. unseen: all voxels of the CT, each in the output of a model calibrated on the half "
-        "that it is not in. other half: the second half alone; voxels: how many the dense model gives that worst class "
+        "that it is not in; blank where that was not measured. other half: the second half alone; voxels: how many the "
+        "dense model gives that worst class "
         f"there; worst of {SIZEABLE}: the worst of the classes with at least {SIZEABLE}. NSD at 3 mm. Rows with steps "
         "were trained on by label-free distillation on the first half.",
         "",
@@ -132,7 +133,7 @@ def _figure(rows: Sequence[Row]) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, data, key, title in (
         (axes[0], "hippocampus", "dice", "Hippocampus, 39 validation cases: Dice"),
-        (axes[1], "ct", "unseen", "CT, 24 organs: agreement with the dense output, unseen"),
+        (axes[1], "ct", "unseen", "CT, 24 organs: agreement with dense, unseen"),
     ):
         for policy, colour in COLOURS.items():
             for tuned, style in ((False, "-"), (True, ":")):
