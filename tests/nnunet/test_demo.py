@@ -29,7 +29,8 @@ def row(text: str, name: str) -> list[float]:
     """Figures of a table row: dense, then value and comparison for each factor."""
     line = next(line for line in text.splitlines() if name in line)
     return [
-        float(n.replace("−", "-")) for n in re.findall(r"(?<= )[+-]?\d+\.?\d*(?=×? )", line.split(name)[1])
+        float(n.replace("−", "-"))
+        for n in re.findall(r"(?<= )[+-]?\d+\.?\d*(?=×?(?: |$))", line.split(name)[1])
     ]
 
 
