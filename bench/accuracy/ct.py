@@ -133,12 +133,10 @@ class CT(Part):
 
     def _row(self, factor: float, variant: Variant, seen: Mapping[str, Seen]) -> dict[str, Any]:
         name = f"ct-{factor}-{variant.slug}"
-        names, swapped = {"first": name}, name
-        if variant.calibrated:
-            # Five minutes each are left out at budgets of MACs, where the models are far from usable.
-            swapped = None if variant.refined and variant.config.macs else f"{name}-second"
-        if swapped != name and swapped is not None:
-            names["second"] = swapped
+        # Five minutes each are left out at budgets of MACs, where the models are far from usable.
+        both_ways = variant.calibrated and not (variant.refined and variant.config.macs)
+        names = {"first": name} | ({"second": f"{name}-second"} if both_ways else {})
+        swapped = names.get("second", None if variant.calibrated else name)
         models, known = {}, {}
         for half, called in names.items():
             models[half], known[half] = self.compressed(
