@@ -17,15 +17,7 @@ from tucker_ops.backends import native
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU_INFO = Path("/proc/cpuinfo")
-MEASURED_CODE = (
-    "bench",
-    "csrc",
-    "tucker_ops/backends",
-    "tucker_ops/ops",
-    "tucker_ops/fused",
-    "tucker_ops/functional.py",
-    "tucker_ops/nn.py",
-)
+MEASURED_CODE = ("bench", "csrc", "tucker_ops")
 
 
 def provenance() -> dict[str, str | int | float | None]:

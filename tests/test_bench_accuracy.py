@@ -83,6 +83,9 @@ def test_halves_of_the_ct_are_joined_without_what_was_seen(tmp_path):
     assert sizes == [(2, 4, 3), (3, 4, 3)]
 
 
+BF16 = "bf16: the processor multiplies bf16"
+
+
 def rows():
     size = {"of_dense": 0.123, "macs_of_dense": 0.2, "factor": 0.3, "steps": 0}
     compared = {
@@ -92,32 +95,35 @@ def rows():
         "classes": {"anterior": {"p_holm": 0.02}, "posterior": {"p_holm": 0.3}},
     }
     hippocampus = {"data": "hippocampus", "dice": 0.867, "nsd": 0.95, "dice_per_case": {"a": {"anterior": 1}}}
-    ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "other_half": 0.96, "other_half_worst": 0.8}
-    ct |= {"other_half_worst_sizeable": 0.9321, "unseen": 0.975, "unseen_worst": 0.8123}
+    ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "unseen": 0.975, "unseen_worst": 0.8123}
+    half = {"mean": 0.96, "worst": 0.8, "worst_voxels": 31, "worst_sizeable": 0.9321}
+    once = {"precision": BF16, "unseen": None, "steps": 9, "halves": {"second": half, "first": None}}
+    ct |= {"halves": {"second": half, "first": half | {"mean": 0.95, "worst_voxels": 32}}}
     return [
         hippocampus | size | {"policy": "dense", "of_dense": 1.0},
         hippocampus | size | {"policy": "calibrated"} | compared,
-        hippocampus | size | {"policy": "calibrated", "steps": 200} | compared,
-        {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31} | size | ct,
-        {"data": "ct", "policy": "weber2024", "other_half_worst_voxels": 31}
-        | size
-        | ct
-        | {"unseen": None, "steps": 9},
+        hippocampus | size | {"policy": "calibrated", "steps": 200, "precision": BF16} | compared,
+        {"data": "ct", "policy": "weber2024"} | size | ct,
+        {"data": "ct", "policy": "weber2024"} | size | ct | once,
         {"data": "latency", "asked_ms": 80.0, "planned_ms": 82.0, "again_ms": 84.0, "dense_ms": 160.0} | size,
     ]
 
 
 def test_page_plot_and_rows(tmp_path, monkeypatch):
-    about = {"cpu": "some", "cores": 2, "torch": "2", "commit": "abc"}
+    about = {"cpu": "some", "tucker_ops_isa": "avx2", "cores": 2, "torch": "2", "commit": "abc"}
     text = output.markdown(rows(), about, {"steps": 200}, 12.4)
     assert (
         "| 0.3 | calibrated | 200 | 12.3% | 20.0% | 0.8670 | 0.9500 | 0.0040 | +0.0010 to +0.0060 |" in text
     )
     assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "; 12 minutes." in text
+    assert "commit abc, some (avx2), 2 cores, torch 2;" in text
+    assert f"Fine-tuning ran in {BF16}. All else ran in fp32." in text
     resumed = output.markdown(rows(), about, {"steps": 200}, 12.4, resumed=True)
     assert "resumed, its longer steps took 12 minutes" in resumed
-    assert "| 0.9800 | 0.9750 | 0.8123 | 0.9600 | 0.8000 | 31 | 0.9321 |" in text
-    assert "| 0.9800 |  |  | 0.9600 |" in text
+    assert "| 0.9800 | 0.9750 | 0.8123 |\n" in text and "| 0.9800 |  |  |\n" in text
+    half = "0.9600 | 0.8000 | 31 | 0.9321"
+    assert f"| 0.3 | weber2024 |  | {half} | 0.9500 | 0.8000 | 32 | 0.9321 |" in text
+    assert f"| 0.3 | weber2024 | 9 | {half} |  |  |  |  |" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     plain = (tmp_path / "plot.png").read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from bench.accuracy.part import Part, Seen, Variant, variants
 from bench.accuracy.sources import linked
 from tucker_ops.nnunet.calibration import CalibrationSet
-from tucker_ops.nnunet.evaluate import evaluate_folder
+from tucker_ops.nnunet.evaluate import Evaluation, evaluate_folder
 from tucker_ops.nnunet.manifest import read_manifest
 from tucker_ops.nnunet.refinement import Refinement
 from tucker_ops.nnunet.training import FinetuneSettings, TrainingSet
@@ -49,7 +48,7 @@ class CT(Part):
             for variant in variants(model, factor)
             if variant.name != "weber2024, refined"
         ]
-        # Ten minutes each: ours where they need it, and the published policy where it has most left to build on.
+        # Minutes each: ours where they need it, and the published policy where it has most left to build on.
         tuned = [
             row
             for row in rows
@@ -99,36 +98,44 @@ class CT(Part):
         return folder
 
     def _judge(self, name: str, swapped: str | None) -> dict[str, Any]:
-        """Agreement with the dense output on the whole, on the half that the model `name` did not see, and "unseen":
-        `swapped`, which saw that half instead (or is `name`, where that saw neither), counts on the other one."""
-        described = {"dataset_json": self.sources.ct_model / "dataset.json", "nsd_tolerance": TOLERANCE}
-        folder = self.folder / "predictions" / name
-        whole = evaluate_folder(folder, self.dense, **described)
-        halves = []
-        for part in (folder, self.dense):
-            target = self.folder / "halves" / part.name
-            (target / "ct.nii.gz").unlink(missing_ok=True)
-            halves.append(self._half(part / "ct.nii.gz", "ct.nii.gz", target, "second"))
-        other = evaluate_folder(*halves, **described)
-        voxels = other.metrics["n_ref"].unstack("class").iloc[0]
-        sizeable = other.per_class[voxels[other.per_class.index] >= SIZEABLE]
+        """Agreement with the dense output on the whole; on the second half, which the model `name` did not see, and on
+        the first, which `swapped` did not (or is `name`, where that saw neither); and "unseen": the two together."""
+        folders = {"second": self.folder / "predictions" / name, "first": None}
+        whole = self._evaluation(folders["second"], self.dense)
         unseen = {"unseen": None, "unseen_worst": None, "unseen_worst_class": None}
         if swapped is not None:
-            joined = self._joined(self.folder / "predictions" / swapped, folder)
-            both = evaluate_folder(joined, self.dense, **described)
-            unseen = {"unseen": both.mean, "unseen_worst": both.worst_class[1]}
-            unseen["unseen_worst_class"] = both.worst_class[0]
+            folders["first"] = self.folder / "predictions" / swapped
+            joined = self._evaluation(self._joined(folders["first"], folders["second"]), self.dense)
+            unseen = {"unseen": joined.mean, "unseen_worst": joined.worst_class[1]}
+            unseen["unseen_worst_class"] = joined.worst_class[0]
         return unseen | {
             "agreement": whole.mean,
             "worst_class": whole.worst_class[0],
             "worst": whole.worst_class[1],
             "nsd": float(whole.nsd_per_case.mean().mean()),
-            "other_half": other.mean,
-            "other_half_worst_class": other.worst_class[0],
-            "other_half_worst": other.worst_class[1],
-            "other_half_worst_voxels": int(voxels[other.worst_class[0]]),
-            "other_half_worst_sizeable": float(sizeable.min()),
+            "halves": {half: folder and self._on_half(folder, half) for half, folder in folders.items()},
             "dice_per_class": whole.to_dict()["dice_per_class"],
+        }
+
+    def _evaluation(self, predicted: Path, reference: Path) -> Evaluation:
+        dataset_json = self.sources.ct_model / "dataset.json"
+        return evaluate_folder(predicted, reference, dataset_json=dataset_json, nsd_tolerance=TOLERANCE)
+
+    def _on_half(self, folder: Path, half: str) -> dict[str, Any]:
+        cut = []
+        for part in (folder, self.dense):
+            target = self.folder / "halves" / half / part.name
+            (target / "ct.nii.gz").unlink(missing_ok=True)
+            cut.append(self._half(part / "ct.nii.gz", "ct.nii.gz", target, half))
+        found = self._evaluation(*cut)
+        voxels = found.metrics["n_ref"].unstack("class").iloc[0]
+        sizeable = found.per_class[voxels[found.per_class.index] >= SIZEABLE]
+        return {
+            "mean": found.mean,
+            "worst_class": found.worst_class[0],
+            "worst": found.worst_class[1],
+            "worst_voxels": int(voxels[found.worst_class[0]]),
+            "worst_sizeable": float(sizeable.min()),
         }
 
     def _row(self, factor: float, variant: Variant, seen: Mapping[str, Seen]) -> dict[str, Any]:
@@ -161,12 +168,10 @@ class CT(Part):
 
         def make():
             self.log(f"{name}: {settings.steps} steps")
-            start = time.perf_counter()
             data = TrainingSet(images=half)
-            self.finetune(model, target, data, settings, teacher=self.sources.ct_model, folds=("all",))
-            seconds = time.perf_counter() - start
+            run = self.finetune(model, target, data, settings, teacher=self.sources.ct_model, folds=("all",))
             self.predicted(name, target, self.images, "all")
-            return {"seconds": seconds} | self._judge(name, None)
+            return run | self._judge(name, None)
 
         manifest = read_manifest(model)
         resolved = settings.resolved(has_labels=False)

@@ -111,9 +111,9 @@ class Hippocampus(Part):
                 if label == "training" and done % every == 0:
                     self.log(f"{name}: step {done} of {total}, {time.perf_counter() - start:.0f} s")
 
-            self.finetune(model, target, data, settings, teacher=self.sources.hippocampus, progress=progress)
-            seconds = time.perf_counter() - start
-            return {"seconds": seconds} | self._judge(self.predicted(name, target, self.images, 0))
+            teacher = self.sources.hippocampus
+            run = self.finetune(model, target, data, settings, teacher=teacher, progress=progress)
+            return run | self._judge(self.predicted(name, target, self.images, 0))
 
         resolved = settings.resolved(has_labels=True)
         arguments = {"settings": resolved.to_dict(), "from": policy, "factor": factor}

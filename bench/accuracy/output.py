@@ -28,7 +28,11 @@ def markdown(
     resumed: bool = False,
 ) -> str:
     """The whole result as a page; `minutes` of the run, or of the steps that are kept where it was `resumed`."""
-    machine = f"{provenance['cpu']}, {provenance['cores']} cores, torch {provenance['torch']}"
+    machine = (
+        f"{provenance['cpu']} ({provenance['tucker_ops_isa']}), {provenance['cores']} cores, "
+        f"torch {provenance['torch']}"
+    )
+    precisions = sorted({row["precision"] for row in rows if row.get("steps")})
     lines = [
         "# Accuracy after compression",
         "",
@@ -36,6 +40,7 @@ def markdown(
         + (
             f"resumed, its longer steps took {minutes:.0f} minutes." if resumed else f"{minutes:.0f} minutes."
         ),
+        f"Fine-tuning ran in {'; '.join(precisions)}. All else ran in fp32.",
         f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.",
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "
@@ -57,15 +62,21 @@ def markdown(
         "",
         "Calibrated on the first half (left to right) of one CT; Dice with the dense output, mean and worst of the "
         "classes that are there. unseen: all voxels of the CT, each in the output of a model calibrated on the half "
-        "that it is not in; blank where that was not measured. other half: the second half alone; voxels: how many the "
-        "dense model gives that worst class "
-        f"there; worst of {SIZEABLE}: the worst of the classes with at least {SIZEABLE}. NSD at 3 mm. Rows with steps "
-        "were trained on by label-free distillation on the first half.",
+        "that it is not in; blank where that was not measured. NSD at 3 mm. Rows with steps were trained on by "
+        "label-free distillation on the first half.",
         "",
-        "| at DF | policy | steps | parameters | MACs | whole: mean | worst | NSD | unseen: mean | worst "
-        f"| other half: mean | worst | voxels | worst of {SIZEABLE} |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| at DF | policy | steps | parameters | MACs | whole: mean | worst | NSD | unseen: mean | worst |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_ct(row) for row in rows if row["data"] == "ct"),
+        "",
+        "Each half by itself, judged in the output of the model calibrated on the other one. voxels: how many the "
+        f"dense model gives the worst class there; worst of {SIZEABLE}: the worst of the classes with at least "
+        f"{SIZEABLE}.",
+        "",
+        f"| at DF | policy | steps | second half: mean | worst | voxels | worst of {SIZEABLE} "
+        f"| first half: mean | worst | voxels | worst of {SIZEABLE} |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        *(_halves(row) for row in rows if row["data"] == "ct"),
         "",
         "## Latency budgets: hippocampus, one patch, fused, fp32",
         "",
@@ -100,9 +111,20 @@ def _ct(row: Row) -> str:
     unseen = " | " if row["unseen"] is None else f"{row['unseen']:.4f} | {row['unseen_worst']:.4f}"
     return (
         f"| {row['factor']} | {row['policy']} | {row['steps'] or ''} | {_size(row)} | {row['agreement']:.4f} | "
-        f"{row['worst']:.4f} | {row['nsd']:.4f} | {unseen} | {row['other_half']:.4f} | {row['other_half_worst']:.4f} | "
-        f"{row['other_half_worst_voxels']} | {row['other_half_worst_sizeable']:.4f} |"
+        f"{row['worst']:.4f} | {row['nsd']:.4f} | {unseen} |"
     )
+
+
+def _halves(row: Row) -> str:
+    cells = []
+    for half in ("second", "first"):
+        found = row["halves"][half]
+        cells.append(
+            " |  |  | "
+            if found is None
+            else f"{found['mean']:.4f} | {found['worst']:.4f} | {found['worst_voxels']} | {found['worst_sizeable']:.4f}"
+        )
+    return f"| {row['factor']} | {row['policy']} | {row['steps'] or ''} | {' | '.join(cells)} |"
 
 
 def _latency(row: Row) -> str:

@@ -154,12 +154,15 @@ class Part:
         )
         return target
 
-    def finetune(self, *arguments: Any, **options: Any) -> None:
-        """Goes on from what an interrupted run left, unless that was of another model or other settings."""
+    def finetune(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """How long it took and in which precision. Goes on from what an interrupted run left, unless that was of
+        another model or other settings."""
+        start = time.perf_counter()
         try:
-            finetune_folder(*arguments, **options, force=True)
+            summary = finetune_folder(*arguments, **options, force=True)
         except ResumeError:
-            finetune_folder(*arguments, **options, force=True, restart=True)
+            summary = finetune_folder(*arguments, **options, force=True, restart=True)
+        return {"seconds": time.perf_counter() - start, "precision": summary.precision}
 
     def size(self, model: Path) -> dict[str, Any]:
         manifest = read_manifest(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -170,3 +171,23 @@ def test_nothing_to_gain(pair):
     outcome = refine(copy.deepcopy(dense), dense, patches(2), steps=2)
     assert (outcome.before, outcome.kept) == (0.0, False)
     assert tucker_ops.refine is refine
+
+
+def test_dense_outputs_are_kept_while_there_is_room(pair, monkeypatch):
+    """The dense network runs once for each input whose output is kept, and what is learned does not depend on it."""
+    model, dense = pair
+    inputs = patches()
+    output_bytes = dense(inputs[0]).nbytes
+    weights, runs = [], []
+    for room in (4, 2, 0):
+        monkeypatch.setattr(importlib.import_module("tucker_ops.convert.refine"), "KEPT", room * output_bytes)
+        calls = []
+        hook = dense.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        twin = copy.deepcopy(model)
+        assert refine(twin, dense, inputs, steps=8).kept
+        hook.remove()
+        weights.append(twin.state_dict())
+        runs.append(len(calls))
+    # Four inputs judged before, eight steps, four judged after.
+    assert runs == [4, 2 + 2 * 4, 16]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights[1:] for name in other)

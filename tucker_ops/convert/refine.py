@@ -23,6 +23,8 @@ Progress = Callable[[int, int, str], None]
 RATE = 2e-3
 # Inputs on which the distance is measured before and after.
 JUDGED = 8
+# Bytes of the dense network's outputs that are kept, for inputs come again.
+KEPT = 2**30
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ def refine(
         model: compressed, in float32; parameters that require no gradient stay as they are.
         dense: what it was made from, on the same device; runs in evaluation mode and is not changed.
         inputs: tensors [N, C, *spatial] on that device, as prediction gives them; small ones mislead norms that
-            compute their statistics on them. Indexed when needed, so a lazy sequence will do.
-        steps: of the optimizer, each a forward pass of both and a backward pass of `model`.
+            compute their statistics on them. Indexed when needed, so a lazy sequence will do, if it gives the same
+            tensor for the same number.
+        steps: of the optimizer, each a forward and a backward pass of `model`, and a forward pass of `dense` where
+            its output on that input is not kept; up to 1 GiB of outputs is.
         learning_rate: the peak, instead of the rule's.
         likelihood: "softmax" or "sigmoid", as in `calibrate`.
         progress: called as progress(done, steps, "") after each step.
@@ -115,8 +119,9 @@ def refine(
         )
     judged = list(islice(_order(len(inputs), seed), min(JUDGED, len(inputs))))
     kept = [p.detach().clone() for p in weights]
+    measure = _Distance(model, dense, inputs, likelihood)
     with _modes(model, dense):
-        before = _mean_distance(model, dense, inputs, judged, likelihood)
+        before = measure.mean(judged)
         if not math.isfinite(before):
             raise CalibrationError(
                 f"the compressed model is {before} from the dense one on these inputs; its output is not finite, so "
@@ -125,8 +130,8 @@ def refine(
         rate = learning_rate or RATE * math.sqrt(before)
         try:
             if before > 0:
-                _train(model, dense, inputs, weights, steps, rate, before, likelihood, seed, progress)
-            result = Refined(steps, rate, before, _mean_distance(model, dense, inputs, judged, likelihood))
+                _train(measure, weights, steps, rate, before, seed, progress)
+            result = Refined(steps, rate, before, measure.mean(judged))
         except BaseException:
             _put_back(weights, kept)
             raise
@@ -135,28 +140,63 @@ def refine(
     return result
 
 
+class _Distance:
+    """Of `model` from `dense` on an input, by its number."""
+
+    def __init__(self, model: nn.Module, dense: nn.Module, inputs: Sequence[Tensor], likelihood: str):
+        self._model, self._dense, self.inputs, self._likelihood = model, dense, inputs, likelihood
+        self._taught: dict[int, Tensor] = {}
+        self._room = KEPT
+
+    def __call__(self, number: int) -> Tensor:
+        batch = self.inputs[number]
+        if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
+            what = "NaN or infinite values" if isinstance(batch, Tensor) else type(batch).__name__
+            raise CalibrationError(f"an input to refine on holds {what}; repair or remove it")
+        taught = self._dense_output(number, batch)
+        found = self._model(batch)
+        if not (isinstance(found, Tensor) and isinstance(taught, Tensor) and found.shape == taught.shape):
+            shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in (found, taught)]
+            raise CalibrationError(
+                f"refining takes two models whose output is one tensor of logits, the same shape for both; got "
+                f"{shapes[0]} from the compressed and {shapes[1]} from the dense one. Switch deep supervision off"
+            )
+        return distance(found, taught, likelihood=self._likelihood)
+
+    @torch.no_grad()
+    def mean(self, numbers: Sequence[int]) -> float:
+        return sum(float(self(n)) for n in numbers) / len(numbers)
+
+    def _dense_output(self, number: int, batch: Tensor) -> Tensor:
+        if number in self._taught:
+            return self._taught[number]
+        with torch.no_grad():
+            taught = self._dense(batch)
+        # Those that came first stay: each comes once a round, so the one used longest ago is the next to come.
+        if isinstance(taught, Tensor) and taught.nbytes <= self._room:
+            self._room -= taught.nbytes
+            self._taught[number] = taught
+        return taught
+
+
 def _train(
-    model: nn.Module,
-    dense: nn.Module,
-    inputs: Sequence[Tensor],
+    measure: _Distance,
     weights: Sequence[nn.Parameter],
     steps: int,
     rate: float,
     scale: float,
-    likelihood: str,
     seed: int,
     progress: Progress | None,
 ) -> None:
     optimizer = torch.optim.Adam(weights, lr=rate)
-    order = _order(len(inputs), seed)
+    order = _order(len(measure.inputs), seed)
     warmup = max(1, steps // 10)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        batch = inputs[next(order)]
         with torch.enable_grad():
             # In units of what it was: Adam's own epsilon would else decide where networks are nearly right.
-            loss = _distance(model, dense, batch, likelihood) / scale
+            loss = measure(next(order)) / scale
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         if not all(g is None or torch.isfinite(g).all() for g in gradients):
             raise CalibrationError(
@@ -182,29 +222,6 @@ def _put_back(weights: Sequence[nn.Parameter], kept: Sequence[Tensor]) -> None:
         for weight, value in zip(weights, kept, strict=True):
             weight.copy_(value)
             weight.grad = None
-
-
-def _mean_distance(
-    model: nn.Module, dense: nn.Module, inputs: Sequence[Tensor], numbers: Sequence[int], likelihood: str
-) -> float:
-    with torch.no_grad():
-        return sum(float(_distance(model, dense, inputs[n], likelihood)) for n in numbers) / len(numbers)
-
-
-def _distance(model: nn.Module, dense: nn.Module, batch: Tensor, likelihood: str) -> Tensor:
-    if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
-        what = "NaN or infinite values" if isinstance(batch, Tensor) else type(batch).__name__
-        raise CalibrationError(f"an input to refine on holds {what}; repair or remove it")
-    with torch.no_grad():
-        taught = dense(batch)
-    found = model(batch)
-    if not (isinstance(found, Tensor) and isinstance(taught, Tensor) and found.shape == taught.shape):
-        shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in (found, taught)]
-        raise CalibrationError(
-            f"refining takes two models whose output is one tensor of logits, the same shape for both; got {shapes[0]} "
-            f"from the compressed and {shapes[1]} from the dense one. Switch deep supervision off"
-        )
-    return distance(found, taught, likelihood=likelihood)
 
 
 @contextmanager
