@@ -121,14 +121,14 @@ def as_convolutions(network: nn.Module) -> nn.Module:
 
 
 def _three(module: TuckerConv3d) -> nn.Sequential:
-    rank_in, rank_out = module.ranks
+    rank_in, rank_out = module.ranks[:2]
     ones = (1, 1, 1)
     layers = nn.Sequential(
         nn.Conv3d(module.in_channels, rank_in, 1, bias=False),
         nn.Conv3d(rank_in, rank_out, module.kernel_size, module.stride, module.padding, bias=False),
         nn.Conv3d(rank_out, module.out_channels, 1, bias=module.bias is not None),
     )
-    for layer, weight in zip(layers, (module.u_in, module.core, module.u_out), strict=True):
+    for layer, weight in zip(layers, (module.u_in, module.spatial_core, module.u_out), strict=True):
         layer.weight.data = weight.data.reshape(*weight.shape, *ones) if weight.dim() == 2 else weight.data
     if module.bias is not None:
         layers[2].bias.data = module.bias.data

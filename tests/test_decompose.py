@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tucker_ops.decompose import decompose, spectrum
+from tucker_ops.decompose import Weighting, decompose, spectrum
 from tucker_ops.decompose.ranks import Options, allocate, energy_rank, factor_rank, rank_grid
 from tucker_ops.errors import ConfigError, ConversionError, DtypeError, RankError, ShapeError
 
@@ -122,6 +122,63 @@ def test_non_finite_kernel_is_refused(bad):
             function()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3), (2, 2, 2), (1, 1)])
+def test_a_rank_of_the_taps(kernel, transposed):
+    weight = decaying(20, 12, *kernel).float()
+    taps = int(np.prod(kernel))
+    rank = (taps + 1) // 2
+    factors = decompose(weight, (6, 7, rank), transposed=transposed)
+    assert factors.ranks == (6, 7, rank)
+    assert factors.core.shape == ((6, 7) if transposed else (7, 6)) + (rank,)
+    assert factors.u_taps.shape == (rank, *kernel) and factors.u_taps.is_contiguous()
+    flat = factors.u_taps.flatten(1)
+    assert torch.allclose(flat @ flat.T, torch.eye(rank), atol=1e-6)
+    assert factors.dense().shape == weight.shape
+    assert factors.relative_error == pytest.approx(relative(factors.dense(), weight), rel=1e-9)
+    bound = spectrum(weight, transposed=transposed).relative_error((6, 7, rank))
+    assert factors.relative_error <= bound + 1e-6
+    everything = (20, 12) if transposed else (12, 20)
+    assert decompose(weight, (*everything, taps), transposed=transposed).relative_error < 1e-6
+    zero = decompose(torch.zeros_like(weight), (6, 7, rank), transposed=transposed)
+    assert zero.ranks == (6, 7, rank) and not zero.dense().any() and zero.relative_error == 0
+
+
+def test_taps_of_low_rank_are_recovered_and_agree_with_plain_tensorly():
+    from tensorly.decomposition import partial_tucker
+
+    weight = decaying(24, 16, 3, 3, 3)
+    low = decompose(weight, (5, 7, 4)).dense()
+    assert decompose(low, (5, 7, 4)).relative_error < 1e-12
+    flat = weight.flatten(2).numpy()
+    (core, factors), _ = partial_tucker(flat, (7, 5, 4), modes=[0, 1, 2], tol=1e-10)
+    expected = np.einsum("rst,or,is,kt->oik", core, *factors).reshape(weight.shape)
+    found = decompose(weight, (5, 7, 4), tol=1e-10).dense()
+    assert relative(found, torch.from_numpy(expected)) < 1e-4
+
+
+def test_a_weighted_rank_of_the_taps_is_nearer_in_that_metric():
+    weight = decaying(12, 10, 3, 3)
+    roots = [torch.randn(n, n, dtype=torch.float64) for n in (10, 12, 9)]
+    parts = [root @ root.T for root in roots]
+    weighting = Weighting(*(part / part.trace() for part in parts), energy=1.0)
+    weighted = weighting.roots().weighted
+    exact = weighted(weight.flatten(2))
+    ranks = (4, 5, 3)
+    aware, plain = (decompose(weight, ranks, weighting=used) for used in (weighting, None))
+    errors = [relative(weighted(found.dense().flatten(2)), exact) for found in (aware, plain)]
+    assert errors[0] < 0.9 * errors[1], errors
+    assert errors[0] <= spectrum(weight, weighting=weighting).relative_error(ranks) + 1e-9
+    flat = aware.u_taps.flatten(1)
+    assert torch.allclose(flat @ flat.T, torch.eye(3, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 0), (4, 4, 10), (4, 4, 2.5), (4, 4, 2, 2), (4, 4, "a")])
+def test_ranks_of_the_taps_out_of_range(ranks):
+    with pytest.raises(RankError, match="R_taps, between 1 and the 9 taps"):
+        decompose(torch.randn(6, 8, 3, 3), ranks)
+
+
 @pytest.mark.parametrize("ranks", [(0, 4), (9, 4), (4, 7), (4,), 4, (4, 2.5), ("a", 2), None])
 def test_ranks_out_of_range(ranks):
     with pytest.raises(RankError, match=r"\(8, 6\)"):
@@ -147,13 +204,17 @@ def test_spectrum_is_the_error_of_the_truncated_hosvd(transposed):
     u_in = torch.linalg.svd(kernel.transpose(0, 1).flatten(1)).U
     found = spectrum(weight, transposed=transposed)
     squared = found.squared_errors()
-    assert squared.shape == (kernel.shape[1], kernel.shape[0])
-    for rank_in, rank_out in itertools.product((1, 3, kernel.shape[1]), (1, 4, kernel.shape[0])):
-        p_in = u_in[:, :rank_in] @ u_in[:, :rank_in].T
-        p_out = u_out[:, :rank_out] @ u_out[:, :rank_out].T
-        expected = relative(torch.einsum("op,pixy,ij->ojxy", p_out, kernel, p_in), kernel)
-        assert found.relative_error((rank_in, rank_out)) == pytest.approx(expected, abs=1e-7)
-        assert float(squared[rank_in - 1, rank_out - 1]) == pytest.approx(expected**2, abs=1e-12)
+    taps = kernel.flatten(2)
+    u_taps = torch.linalg.svd(taps.flatten(0, 1).T).U
+    assert squared.shape == (kernel.shape[1], kernel.shape[0], 6)
+    for ranks in itertools.product((1, 3, kernel.shape[1]), (1, 4, kernel.shape[0]), (1, 4, 6)):
+        p_in, p_out, p_taps = (
+            u[:, :rank] @ u[:, :rank].T for u, rank in zip((u_in, u_out, u_taps), ranks, strict=True)
+        )
+        expected = relative(torch.einsum("op,pik,ij,kl->ojl", p_out, taps, p_in, p_taps), taps)
+        assert found.relative_error(ranks) == pytest.approx(expected, abs=1e-7)
+        assert float(squared[tuple(r - 1 for r in ranks)]) == pytest.approx(expected**2, abs=1e-12)
+    assert found.relative_error((3, 4)) == found.relative_error((3, 4, 6))
 
 
 def test_share_kept_is_that_of_the_singular_values():

@@ -40,12 +40,13 @@ def test_full_rank_equals_the_dense_layer_and_back(make, size):
     torch.testing.assert_close(again.weight, dense.weight)
 
 
+@pytest.mark.parametrize("ranks", [(3, 5), (3, 5, 2)], ids=["channels", "taps too"])
 @pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS.keys())
-def test_truncated_ranks_equal_their_own_dense_form(make, size):
+def test_truncated_ranks_equal_their_own_dense_form(make, size, ranks):
     dense = make().double()
     x = torch.randn(2, 6, *size, dtype=torch.float64)
-    tucker = tucker_class(spec_of(dense)).from_conv(dense, ranks=(3, 5))
-    assert tucker.ranks == (3, 5) and f"ranks={(3, 5)}" in repr(tucker)
+    tucker = tucker_class(spec_of(dense)).from_conv(dense, ranks=ranks)
+    assert tucker.ranks == ranks and f"ranks={ranks}" in repr(tucker)
     torch.testing.assert_close(tucker(x), tucker.to_dense()(x))
     assert spec_of(tucker) == spec_of(dense)
 
@@ -99,6 +100,59 @@ def test_numpy_geometry():
     torch.testing.assert_close(TuckerConv3d.from_conv(conv, (4, 4))(x), conv(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("make", "size"), LAYERS.values(), ids=LAYERS.keys())
+def test_all_taps_equal_the_layer_without_a_rank_of_them(make, size):
+    dense = make().double()
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    cls, taps = tucker_class(spec_of(dense)), dense.weight[0, 0].numel()
+    without, every = (cls.from_conv(dense, ranks=ranks) for ranks in ((3, 5), (3, 5, taps)))
+    torch.testing.assert_close(every(x), without(x))
+    assert set(every.state_dict()) - set(without.state_dict()) == {"u_taps"}
+    fresh = cls._of_spec(spec_of(dense), (3, 5, taps), dtype=torch.float64)
+    fresh.load_state_dict(every.state_dict())
+    assert torch.equal(fresh(x), every(x))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_with_a_rank_of_the_taps(transposed):
+    dense = (nn.ConvTranspose3d(2, 3, 2, stride=2) if transposed else nn.Conv3d(2, 3, (1, 3, 2))).double()
+    tucker = tucker_class(spec_of(dense)).from_conv(dense, (2, 2, 3))
+    weights = dict(tucker.named_parameters())
+
+    def call(x, *values):
+        return torch.func.functional_call(tucker, dict(zip(weights, values, strict=True)), (x,))
+
+    x = torch.randn(1, 2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert list(weights) == ["u_in", "core", "u_taps", "u_out", "bias"]
+    assert torch.autograd.gradcheck(call, (x, *weights.values()))
+    assert torch.autograd.gradgradcheck(call, (x, *weights.values()), fast_mode=True)
+
+
+def test_a_rank_of_the_taps_compiles_exports_and_keeps_its_core_under_autocast():
+    tucker = TuckerConv3d.from_conv(nn.Conv3d(6, 8, 3, padding=1), (3, 5, 7))
+    x = torch.randn(1, 6, 5, 6, 7)
+    with torch.no_grad():
+        expected = tucker(x)
+        compiled = torch.compile(tucker, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        exported = torch.export.export(tucker, (x,)).module()
+        torch.testing.assert_close(exported(x), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(tucker.spatial_core, tucker.to(torch.float32).spatial_core)
+            assert tucker.spatial_core.dtype == torch.float32
+    half = TuckerConv3d.from_conv(nn.Conv3d(6, 8, 3).half(), (3, 5, 7))
+    exact = torch.tensordot(half.core.double(), half.u_taps.double(), 1)
+    assert torch.equal(half.spatial_core, exact.half())
+
+
+@pytest.mark.parametrize("rank", [0, 28])
+def test_ranks_of_the_taps_out_of_range(rank):
+    with pytest.raises(RankError, match=f"R_taps = {rank} must lie between 1 and the 27 taps"):
+        TuckerConv3d.from_conv(nn.Conv3d(4, 4, 3), (2, 2, rank))
+    with pytest.raises(RankError, match="or three"):
+        TuckerConv3d(4, 4, 3, (2, 2, 2, 2))
+
+
 @pytest.mark.parametrize("ranks", [(5, 2), (2, 0), (2,), "x", (2.7, 2)])
 def test_ranks_out_of_range(ranks):
     with pytest.raises(RankError, match="ranks"):
@@ -111,12 +165,15 @@ def test_factors_of_other_ranks_are_refused():
     conv = nn.Conv3d(4, 4, 3)
     with pytest.raises(ShapeError, match="u_in"):
         TuckerConv3d.from_conv(conv, (2, 2), factors=decompose(conv.weight, (3, 3)))
+    with pytest.raises(ShapeError, match="core"):
+        TuckerConv3d.from_conv(conv, (2, 2), factors=decompose(conv.weight, (2, 2, 5)))
 
 
 def test_fresh_modules_have_the_scale_of_dense_ones():
     x = torch.randn(4, 32, 8, 8, 8)
-    fresh, dense = TuckerConv3d(32, 32, 3, (16, 16), padding=1), nn.Conv3d(32, 32, 3, padding=1)
-    with torch.no_grad():
-        assert 0.5 < fresh(x).std() / dense(x).std() < 2
+    dense = nn.Conv3d(32, 32, 3, padding=1)
+    for ranks in ((16, 16), (16, 16, 9)):
+        with torch.no_grad():
+            assert 0.5 < TuckerConv3d(32, 32, 3, ranks, padding=1)(x).std() / dense(x).std() < 2
     for cls in (TuckerConvTranspose2d, TuckerConvTranspose3d):
         assert all(p.isfinite().all() for p in cls(4, 4, 2, (2, 2), stride=2).parameters())

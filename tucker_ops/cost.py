@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Ranks
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,20 @@ def dense_cost(
     return Cost(params, batch * positions * weights, itemsize * (batch * activations + params))
 
 
+def core_params(spec: ConvSpec, rank_in, rank_out, rank_taps=None):
+    """Parameters of a core [R_out, R_in, *kernel], or, with a rank of the taps, of [R_out, R_in, R_taps] and u_taps.
+
+    Numbers, or numpy arrays of them.
+    """
+    taps = math.prod(spec.kernel_size)
+    if rank_taps is None:
+        return rank_in * rank_out * taps
+    return rank_in * rank_out * rank_taps + rank_taps * taps
+
+
 def one_pass_cost(
     spec: ConvSpec,
-    ranks: tuple[int, int],
+    ranks: Ranks,
     input_size: Sequence[int] | Voxels,
     *,
     batch: int = 1,
@@ -76,14 +87,15 @@ def one_pass_cost(
 ) -> Cost:
     """Cost of the factorised convolution with both intermediates kept out of memory.
 
-    ranks is (R_in, R_out). The halo that tiles compute twice depends on the kernel and is left out.
+    ranks is (R_in, R_out). The halo that tiles compute twice depends on the kernel and is left out. A third rank, of
+    the taps, saves parameters alone: the core is multiplied out once, and then convolves as without it.
     """
     voxels = _voxels(spec, input_size)
-    rank_in, rank_out = ranks
+    rank_in, rank_out = ranks[:2]
     reduce = spec.in_channels * rank_in
     core = rank_in * rank_out * math.prod(spec.kernel_size)
     expand = rank_out * spec.out_channels
-    params = reduce + core + expand + (spec.out_channels if spec.bias else 0)
+    params = reduce + core_params(spec, *ranks) + expand + (spec.out_channels if spec.bias else 0)
     positions = voxels.input if spec.transposed else voxels.output
     macs = batch * (voxels.input * reduce + positions * core + voxels.output * expand)
     activations = voxels.input * spec.in_channels + voxels.output * spec.out_channels
@@ -92,7 +104,7 @@ def one_pass_cost(
 
 def three_conv_cost(
     spec: ConvSpec,
-    ranks: tuple[int, int],
+    ranks: Ranks,
     input_size: Sequence[int] | Voxels,
     *,
     batch: int = 1,
@@ -100,7 +112,7 @@ def three_conv_cost(
 ) -> Cost:
     """As `one_pass_cost`, in three convolutions: both intermediates are written to memory and read back."""
     voxels = _voxels(spec, input_size)
-    rank_in, rank_out = ranks
+    rank_in, rank_out = ranks[:2]
     fused = one_pass_cost(spec, ranks, voxels, batch=batch, itemsize=itemsize)
     intermediates = 2 * batch * (voxels.input * rank_in + voxels.output * rank_out)
     return fused + Cost(bytes=itemsize * intermediates)

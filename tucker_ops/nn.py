@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from tucker_ops.errors import ConversionError, RankError, ShapeError
 from tucker_ops.functional import tucker_conv
 from tucker_ops.ops.check import ntuple
-from tucker_ops.types import ConvSpec, Problem
+from tucker_ops.types import ConvSpec, Problem, Ranks
 
 if TYPE_CHECKING:
     from tucker_ops.decompose import TuckerFactors
@@ -69,44 +70,76 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
+def spatial_core(core: Tensor, u_taps: Tensor | None) -> Tensor:
+    """The core [*, *, *kernel] that convolves, of a core [*, *, R_taps] and u_taps [R_taps, *kernel].
+
+    Without u_taps the core itself. Half precision is multiplied out in float32 and rounded once.
+    """
+    if u_taps is None:
+        return core
+    wide = torch.float64 if core.dtype == torch.float64 else torch.float32
+    device = core.device.type
+    # The meta device, on which sizes are found, has no autocast to switch off.
+    exact = (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    )
+    with exact:
+        product = core.to(wide) @ u_taps.to(wide).flatten(1)
+    return product.to(core.dtype).reshape(*core.shape[:2], *u_taps.shape[1:])
+
+
 class _TuckerConv(nn.Module):
-    """Parameters u_in [R_in, C_in], core, u_out [C_out, R_out] and bias [C_out] or None."""
+    """Parameters u_in [R_in, C_in], core, u_taps or None, u_out [C_out, R_out] and bias [C_out] or None.
+
+    core is [R_out, R_in, *kernel], transposed [R_in, R_out, *kernel]; with a rank of the taps its last axis is R_taps
+    and u_taps is [R_taps, *kernel].
+    """
 
     ndim: int
     transposed: bool
 
-    def __init__(self, spec: ConvSpec, ranks: tuple[int, int], device=None, dtype=None):
+    def __init__(self, spec: ConvSpec, ranks: Ranks, device=None, dtype=None):
         super().__init__()
-        rank_in, rank_out = _checked_ranks(spec, ranks)
+        rank_in, rank_out, *rank_taps = _checked_ranks(spec, ranks)
         self.in_channels, self.out_channels = spec.in_channels, spec.out_channels
         self.kernel_size, self.stride = spec.kernel_size, spec.stride
         self.padding, self.dilation = spec.padding, spec.dilation
         self.output_padding = spec.output_padding
         leading = (rank_in, rank_out) if self.transposed else (rank_out, rank_in)
 
-        def parameter(*size: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        def register(name: str, *size: int, given: bool = True) -> None:
+            values = torch.empty(size, device=device, dtype=dtype) if given else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
 
-        self.u_in = parameter(rank_in, spec.in_channels)
-        self.core = parameter(*leading, *spec.kernel_size)
-        self.u_out = parameter(spec.out_channels, rank_out)
-        self.bias = parameter(spec.out_channels) if spec.bias else None
+        register("u_in", rank_in, spec.in_channels)
+        register("core", *leading, *(rank_taps or spec.kernel_size))
+        register("u_taps", *rank_taps, *spec.kernel_size, given=bool(rank_taps))
+        register("u_out", spec.out_channels, rank_out)
+        register("bias", spec.out_channels, given=spec.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Random weights whose product has the variance that torch gives the dense layer's."""
-        rank_in, rank_out = self.ranks
+        rank_in, rank_out, *rank_taps = self.ranks
         fan_in = self.in_channels * math.prod(self.kernel_size)
         nn.init.normal_(self.u_in, std=rank_in**-0.5)
         nn.init.normal_(self.core, std=(3 * fan_in) ** -0.5)
+        if rank_taps:
+            nn.init.normal_(self.u_taps, std=rank_taps[0] ** -0.5)
         nn.init.normal_(self.u_out, std=rank_out**-0.5)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -(fan_in**-0.5), fan_in**-0.5)
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """(R_in, R_out)."""
-        return self.u_in.shape[0], self.u_out.shape[1]
+    def ranks(self) -> Ranks:
+        """(R_in, R_out), or (R_in, R_out, R_taps)."""
+        pair = self.u_in.shape[0], self.u_out.shape[1]
+        return pair if self.u_taps is None else (*pair, self.u_taps.shape[0])
+
+    @property
+    def spatial_core(self) -> Tensor:
+        """The core with which the op convolves: [R_out, R_in, *kernel], transposed [R_in, R_out, *kernel]."""
+        return spatial_core(self.core, self.u_taps)
 
     @property
     def spec(self) -> ConvSpec:
@@ -123,12 +156,13 @@ class _TuckerConv(nn.Module):
         )
 
     @classmethod
-    def from_conv(cls, conv: nn.Module, ranks: tuple[int, int], factors: TuckerFactors | None = None):
+    def from_conv(cls, conv: nn.Module, ranks: Ranks, factors: TuckerFactors | None = None):
         """Factorise a torch convolution of this class's kind.
 
         Args:
             conv: the dense layer; left as it is.
-            ranks: (R_in, R_out), each at most its number of channels.
+            ranks: (R_in, R_out), each at most its number of channels, or (R_in, R_out, R_taps), R_taps at most the
+                number of the kernel's taps.
             factors: of conv.weight at these ranks, if they are known already; else `tucker_ops.decompose`
                 computes them.
 
@@ -152,12 +186,15 @@ class _TuckerConv(nn.Module):
 
             factors = decompose(weight, ranks, transposed=cls.transposed)
         module = cls._of_spec(spec, ranks, device="meta")
-        for name in ("u_in", "core", "u_out"):
-            value, expected = getattr(factors, name), getattr(module, name).shape
-            if value.shape != expected:
+        for name in ("u_in", "core", "u_taps", "u_out"):
+            value, expected = (getattr(factors, name), getattr(module, name))
+            shapes = [None if t is None else tuple(t.shape) for t in (value, expected)]
+            if shapes[0] != shapes[1]:
                 raise ShapeError(
-                    f"factor {name} has shape {tuple(value.shape)}, expected {tuple(expected)} for ranks {ranks}"
+                    f"factor {name} has shape {shapes[0]}, expected {shapes[1]} for ranks {ranks}"
                 )
+            if value is None:
+                continue
             value = value.detach().to(device=weight.device, dtype=weight.dtype).contiguous().clone()
             setattr(module, name, nn.Parameter(value, requires_grad=conv.weight.requires_grad))
         if conv.bias is not None:
@@ -165,7 +202,7 @@ class _TuckerConv(nn.Module):
         return module.train(conv.training)
 
     @classmethod
-    def _of_spec(cls, spec: ConvSpec, ranks: tuple[int, int], device=None, dtype=None):
+    def _of_spec(cls, spec: ConvSpec, ranks: Ranks, device=None, dtype=None):
         module = cls.__new__(cls)
         _TuckerConv.__init__(module, spec, ranks, device=device, dtype=dtype)
         return module
@@ -187,11 +224,11 @@ class _TuckerConv(nn.Module):
             **extra,
         )
         formula = "si,sr...,or->io..." if self.transposed else "or,rs...,si->oi..."
-        factors = (
-            (self.u_in, self.core, self.u_out) if self.transposed else (self.u_out, self.core, self.u_in)
-        )
         with torch.no_grad():
-            weight = torch.einsum(formula, *(factor.double() for factor in factors)).to(self.core)
+            core = spatial_core(self.core.double(), None if self.u_taps is None else self.u_taps.double())
+            u_in, u_out = self.u_in.double(), self.u_out.double()
+            factors = (u_in, core, u_out) if self.transposed else (u_out, core, u_in)
+            weight = torch.einsum(formula, *factors).to(self.core)
             dense.weight = nn.Parameter(weight, requires_grad=self.core.requires_grad)
             if self.bias is not None:
                 dense.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
@@ -232,7 +269,7 @@ class _Forward(_TuckerConv):
         in_channels: int,
         out_channels: int,
         kernel_size: IntOrInts,
-        ranks: tuple[int, int],
+        ranks: Ranks,
         stride: IntOrInts = 1,
         padding: IntOrInts = 0,
         dilation: IntOrInts = 1,
@@ -253,7 +290,14 @@ class _Forward(_TuckerConv):
 
     def forward(self, input: Tensor) -> Tensor:
         return tucker_conv(
-            input, self.u_in, self.core, self.u_out, self.bias, self.stride, self.padding, self.dilation
+            input,
+            self.u_in,
+            self.spatial_core,
+            self.u_out,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
         )
 
 
@@ -265,7 +309,7 @@ class _Transposed(_TuckerConv):
         in_channels: int,
         out_channels: int,
         kernel_size: IntOrInts,
-        ranks: tuple[int, int],
+        ranks: Ranks,
         stride: IntOrInts = 1,
         padding: IntOrInts = 0,
         output_padding: IntOrInts = 0,
@@ -295,7 +339,7 @@ class _Transposed(_TuckerConv):
         t = conv(input, self.u_in.reshape(*self.u_in.shape, *ones))
         z = transposed(
             t,
-            self.core,
+            self.spatial_core,
             None,
             self.stride,
             self.padding,
@@ -308,7 +352,8 @@ class _Transposed(_TuckerConv):
 class TuckerConv2d(_Forward):
     """torch.nn.Conv2d with its kernel in Tucker-2 form; input [N, C_in, H, W]. See `tucker_ops.tucker_conv`.
 
-    ``ranks`` is (R_in, R_out), each between 1 and its number of channels; raises RankError otherwise.
+    ``ranks`` is (R_in, R_out), each between 1 and its number of channels, or (R_in, R_out, R_taps), R_taps between 1
+    and the number of taps: fewer parameters, the same arithmetic. Raises RankError otherwise.
     """
 
     ndim = 2
@@ -317,7 +362,8 @@ class TuckerConv2d(_Forward):
 class TuckerConv3d(_Forward):
     """torch.nn.Conv3d with its kernel in Tucker-2 form; input [N, C_in, D, H, W]. See `tucker_ops.tucker_conv`.
 
-    ``ranks`` is (R_in, R_out), each between 1 and its number of channels; raises RankError otherwise.
+    ``ranks`` is (R_in, R_out), each between 1 and its number of channels, or (R_in, R_out, R_taps), R_taps between 1
+    and the number of taps: fewer parameters, the same arithmetic. Raises RankError otherwise.
     """
 
     ndim = 3
@@ -326,7 +372,8 @@ class TuckerConv3d(_Forward):
 class TuckerConvTranspose2d(_Transposed):
     """torch.nn.ConvTranspose2d in Tucker-2 form: 1x1, transposed core [R_in, R_out, *kernel], 1x1 with the bias.
 
-    Runs on torch's own convolutions. ``ranks`` is (R_in, R_out); raises RankError if out of range.
+    Runs on torch's own convolutions. ``ranks`` is (R_in, R_out), or (R_in, R_out, R_taps); raises RankError if out
+    of range.
     """
 
     ndim = 2
@@ -335,7 +382,8 @@ class TuckerConvTranspose2d(_Transposed):
 class TuckerConvTranspose3d(_Transposed):
     """torch.nn.ConvTranspose3d in Tucker-2 form: 1x1, transposed core [R_in, R_out, *kernel], 1x1 with the bias.
 
-    Runs on torch's own convolutions. ``ranks`` is (R_in, R_out); raises RankError if out of range.
+    Runs on torch's own convolutions. ``ranks`` is (R_in, R_out), or (R_in, R_out, R_taps); raises RankError if out
+    of range.
     """
 
     ndim = 3
@@ -351,23 +399,32 @@ def tucker_class(spec: ConvSpec) -> type[_TuckerConv]:
     return _TUCKER[spec.ndim, spec.transposed]
 
 
-def tucker_module(spec: ConvSpec, ranks: tuple[int, int], device=None, dtype=None) -> _TuckerConv:
+def tucker_module(spec: ConvSpec, ranks: Ranks, device=None, dtype=None) -> _TuckerConv:
     """A freshly initialised module for `spec` at `ranks`; raises ConversionError for grouped layers."""
     return tucker_class(spec)._of_spec(spec, ranks, device=device, dtype=dtype)
 
 
-def _checked_ranks(spec: ConvSpec, ranks: tuple[int, int]) -> tuple[int, int]:
+def _checked_ranks(spec: ConvSpec, ranks: Ranks) -> Ranks:
     if spec.groups != 1:
         raise ConversionError(
             f"a convolution with {spec.groups} groups cannot be factorised over its channels"
         )
     try:
-        rank_in, rank_out = (operator.index(r) for r in ranks)
+        rank_in, rank_out, *rank_taps = (operator.index(r) for r in ranks)
     except (TypeError, ValueError):
-        raise RankError(f"ranks must be two integers (R_in, R_out), got {ranks!r}") from None
+        rank_in, rank_out, rank_taps = 0, 0, [0, 0]
+    if len(rank_taps) > 1:
+        raise RankError(
+            f"ranks must be two integers (R_in, R_out), or three (R_in, R_out, R_taps), got {ranks!r}"
+        )
     if not 1 <= rank_in <= spec.in_channels or not 1 <= rank_out <= spec.out_channels:
         raise RankError(
             f"ranks (R_in, R_out) = {(rank_in, rank_out)} must lie between 1 and the channels "
             f"(C_in, C_out) = {(spec.in_channels, spec.out_channels)}"
         )
-    return rank_in, rank_out
+    taps = math.prod(spec.kernel_size)
+    if rank_taps and not 1 <= rank_taps[0] <= taps:
+        raise RankError(
+            f"R_taps = {rank_taps[0]} must lie between 1 and the {taps} taps of a kernel of {spec.kernel_size}"
+        )
+    return rank_in, rank_out, *rank_taps

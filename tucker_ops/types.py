@@ -8,6 +8,14 @@ import torch
 
 from tucker_ops.errors import ShapeError
 
+# (R_in, R_out), or (R_in, R_out, R_taps) with a rank of the kernel's taps as well.
+Ranks = tuple[int, int] | tuple[int, int, int]
+
+
+def ranks_text(ranks: Ranks) -> str:
+    """As in "16, 24", or "16, 24, 9" with a rank of the taps."""
+    return ", ".join(map(str, ranks))
+
 
 def conv_output_size(
     size: tuple[int, ...],

@@ -45,9 +45,10 @@ def markdown(
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "
         "number of parameters out by the weights alone; calibrated does by the Fisher information of unlabelled "
-        "images, ranks on multiples of 8, or of 4 where it says so; same MACs has the published policy's "
-        "multiply-accumulates instead of its parameters. refined: all weights trained together towards the dense "
-        "model's output on the images of the calibration. No labels but in fine-tuning.",
+        "images, ranks of the channels on multiples of 8, or of 4 where it says so; both may give a kernel a rank of "
+        "its taps, which pays for larger ranks of the channels. same MACs has the published policy's "
+        "multiply-accumulates instead of its parameters, and no ranks of taps. refined: all weights trained "
+        "together towards the dense model's output on the images of the calibration. No labels but in fine-tuning.",
         "",
         "## Hippocampus: 39 validation cases, mean Dice of both classes",
         "",

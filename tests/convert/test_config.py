@@ -34,6 +34,8 @@ def test_defaults():
         ({"align": True}, "align"),
         ({"rounding": "floor"}, "'floor'"),
         ({"skip_heads": 1}, "skip_heads"),
+        ({"params": 0.3, "tap_ranks": 1}, "tap_ranks must be True or False"),
+        ({"macs": 0.3, "tap_ranks": True}, "goes with params=, not macs="),
         ({"exclude": "decoder.*"}, "exclude"),
         ({"exclude": (1,)}, "exclude"),
     ],
@@ -43,12 +45,24 @@ def test_refuses(arguments, message):
         CompressionConfig(**arguments)
 
 
+def test_ranks_of_the_taps_go_with_a_budget_of_parameters():
+    assert CompressionConfig(params=0.3).tap_ranks is True
+    assert CompressionConfig(params=0.3, tap_ranks=False).tap_ranks is False
+    assert [CompressionConfig(**{p: 0.5}).tap_ranks for p in ("factor", "energy", "macs")] == [False] * 3
+    # What wrote version 1 knew none.
+    old = CompressionConfig(params=0.3).to_dict() | {"version": 1}
+    del old["tap_ranks"]
+    assert CompressionConfig.from_dict(old) == CompressionConfig(params=0.3, tap_ranks=False)
+    assert CompressionConfig.from_dict({"version": 2, "params": 0.3}).tap_ranks is True
+
+
 @pytest.mark.parametrize(
     "config",
     [
         CompressionConfig(),
         CompressionConfig(energy=0.9, align=4, exclude=["decoder.*"]),
         CompressionConfig(params=2_000_000),
+        CompressionConfig(params=0.3, tap_ranks=False),
         CompressionConfig(macs=0.3, only_if_cheaper=False, skip_transposed=True),
         CompressionConfig.weber2024(0.3),
     ],
@@ -61,7 +75,7 @@ def test_survives_json(config):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 2}, "version 2 cannot be read"),
+        ({"version": 3}, "version 3 cannot be read"),
         ({"version": None}, "version None"),
         ({"rank": 3}, "unknown keys in a compression config: rank"),
         ({"factor": 3}, "factor"),

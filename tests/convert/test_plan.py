@@ -215,7 +215,41 @@ def test_budgets_are_kept_and_used(unit, value):
     for layer in decided.layers:
         if layer.ranks is not None:
             assert layer.tucker.params < layer.dense.params and layer.tucker.macs < layer.dense.macs
-            assert all(r % 8 == 0 for r in layer.ranks)
+            assert all(r % 8 == 0 for r in layer.ranks[:2])
+            assert len(layer.ranks) == 2 or (unit == "params" and layer.ranks[2] < 27)
+
+
+def smooth(model):
+    """`model` with kernels like those of images: neighbouring taps alike."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv3d) and max(m.kernel_size) == 3):
+            few = torch.randn(4, 27, generator=generator)
+            mixed = torch.randn(*conv.weight.shape[:2], 4, generator=generator) @ few
+            conv.weight += 3 * conv.weight.std() * mixed.reshape_as(conv.weight) / mixed.std()
+    return model
+
+
+def test_a_rank_of_the_taps_saves_parameters_for_those_of_the_channels():
+    model = smooth(fade(nnunet((16, 32, 64))))
+    config = CompressionConfig(params=0.15)
+    decided, without = (plan(model, c) for c in (config, dataclasses.replace(config, tap_ranks=False)))
+    assert all(len(ranks) == 2 for ranks in without.ranks.values())
+    assert sum(len(ranks) == 3 for ranks in decided.ranks.values()) > 3
+    for made in (decided, without):
+        assert 0.95 * 0.15 <= made.compressed.params / made.dense.params <= 0.15
+
+    def lost(made):
+        return sum(-math.log(1 - layer.expected_error**2) for layer in made.layers if layer.ranks)
+
+    assert lost(decided) < 0.6 * lost(without)
+    assert decided.compressed.macs > without.compressed.macs
+    assert Plan.from_dict(json.loads(json.dumps(decided.to_dict()))) == decided
+    name, ranks = next((n, r) for n, r in decided.ranks.items() if len(r) == 3)
+    assert "{}, {}, {}".format(*ranks) in next(line for line in str(decided).splitlines() if name in line)
+    converted = apply(model, decided)
+    assert sum(p.numel() for p in converted.parameters()) == decided.compressed.params
+    assert converted.get_submodule(name).ranks == ranks
 
 
 def test_an_absolute_budget_is_the_fraction_it_makes():

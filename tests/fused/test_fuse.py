@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tests.ops.problems import relative_rms
 from tucker_ops import CompressionConfig, fuse
 from tucker_ops.backends import native
 from tucker_ops.backends.base import Verdict
+from tucker_ops.convert import LayerPlan
 from tucker_ops.errors import ConfigError, ConversionError
 from tucker_ops.fused import arithmetic, executor, explain
 
@@ -58,12 +61,25 @@ NETWORKS = {
 }
 
 
-def made(name: str, compressed: bool) -> tuple[nn.Module, torch.Tensor]:
+FORMS = {"dense": (False, False), "compressed": (True, False), "taps": (True, True)}
+
+
+def made(name: str, compressed: bool, tap_ranks: bool = False) -> tuple[nn.Module, torch.Tensor]:
+    """A network and an input; `tap_ranks`: every factorised layer also has a rank of its kernel's taps."""
     build, arguments, size = NETWORKS[name]
     network = build(**arguments)
     if compressed:
-        network = tucker_ops.compress(network, CONFIG)
+        decided = tucker_ops.plan(network, CONFIG)
+        if tap_ranks:
+            decided = replace(decided, layers=tuple(map(_with_tap_rank, decided.layers)))
+        network = tucker_ops.apply(network, decided)
     return network, torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _with_tap_rank(layer: LayerPlan) -> LayerPlan:
+    if layer.ranks is None:
+        return layer
+    return replace(layer, ranks=(*layer.ranks, (math.prod(layer.spec.kernel_size) + 1) // 2))
 
 
 def outputs(result) -> list[torch.Tensor]:
@@ -75,10 +91,10 @@ def in_float64(network: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
         return outputs(copy.deepcopy(network).double()(x.double()))
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_equals_the_network_in_float64(name, compressed):
-    network, x = made(name, compressed)
+def test_equals_the_network_in_float64(name, form):
+    network, x = made(name, *FORMS[form])
     expected = in_float64(network, x)
     with torch.no_grad():
         actual = outputs(fuse(network)(x))
@@ -94,10 +110,11 @@ def test_equals_the_network_in_float64(name, compressed):
     [(name, torch.bfloat16) for name in ("plain", "anisotropic")]
     + [(name, torch.float64) for name in ("plain", "anisotropic", "residual")],
 )
-def test_other_dtypes(name, dtype, monkeypatch):
+@pytest.mark.parametrize("tap_ranks", [False, True], ids=["channels", "taps"])
+def test_other_dtypes(name, dtype, tap_ranks, monkeypatch):
     # float64 has no kernel and would run as it was: here its blocks run on the reference.
     monkeypatch.setattr(executor, "block_kernels", lambda *_: Verdict(True, ""))
-    network, x = made(name, True)
+    network, x = made(name, True, tap_ranks)
     network, x = network.to(dtype), x.to(dtype)
     (expected,) = in_float64(network, x)
     with torch.no_grad():
@@ -304,6 +321,21 @@ def test_parameters_and_switches_may_change():
     assert all(relative_rms(a, e) <= 2e-5 for a, e in zip(actual, expected, strict=True))
 
 
+def test_a_change_of_the_taps_is_seen():
+    network, x = made("plain", True, tap_ranks=True)
+    fused = fuse(network)
+    with torch.no_grad():
+        before = fused(x)
+        changed = [m.u_taps for m in network.modules() if getattr(m, "u_taps", None) is not None]
+        assert len(changed) > 3
+        for u_taps in changed:
+            u_taps.data.mul_(1.1)
+        after = fused(x)
+    (expected,) = in_float64(network, x)
+    assert not torch.equal(before, after)
+    assert relative_rms(after, expected) <= 2e-5
+
+
 def test_training_gradients_and_autocast_take_the_ordinary_path():
     network, x = made("plain", True)
     fused = fuse(network)
@@ -362,8 +394,9 @@ def test_two_threads_at_once():
     assert len(results) == 10 and all(torch.equal(r, expected) for r in results)
 
 
-def test_compile_and_export():
-    network, x = made("plain", True)
+@pytest.mark.parametrize("tap_ranks", [False, True], ids=["channels", "taps"])
+def test_compile_and_export(tap_ranks):
+    network, x = made("plain", True, tap_ranks)
     fused = fuse(network).requires_grad_(False)
     with torch.no_grad():
         expected = fused(x)

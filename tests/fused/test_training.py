@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.network_cases import as_convolutions
-from tests.fused.test_fuse import NETWORKS, made, outputs
+from tests.fused.test_fuse import FORMS, NETWORKS, made, outputs
 from tests.ops.problems import relative_rms
 from tests.ops.test_gradient import LIMITS, ON_CPU, saved_bytes
 from tucker_ops import fuse
@@ -43,10 +43,10 @@ def uses_the_form(network: nn.Module) -> bool:
     return form is not None and any(node.target in targets for node in form.graph.nodes)
 
 
-@pytest.mark.parametrize("compressed", [False, True], ids=["dense", "compressed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "dropout"])
-def test_outputs_and_gradients_match_float64(name, compressed):
-    network, x = made(name, compressed)
+def test_outputs_and_gradients_match_float64(name, form):
+    network, x = made(name, *FORMS[form])
     exact = copy.deepcopy(network).double().train()
     fused = fuse(network).train()
     assert uses_the_form(fused) == (name not in ("batch-norm", "group-norm", "running-statistics"))

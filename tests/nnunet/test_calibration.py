@@ -187,6 +187,7 @@ def test_command_line(tmp_path, tiny_model, images, shell):  # noqa: F811
     assert read_manifest(tmp_path / "b").config == CompressionConfig.weber2024(0.2)
     for options, message in (
         (["--policy", "weber2024", "--params", 0.3], "fixes every choice but --factor"),
+        (["--policy", "weber2024", "--no-tap-ranks"], "fixes every choice"),
         (["--policy", "weber2024", "--calibrate", images], "fixes every choice"),
         (["--calibrate-case", "a"], "which is missing; give the folder"),
         (["--max-drop", 0.1], "give --check-images"),
@@ -206,7 +207,7 @@ def test_calibration_loses_less(hippocampus, repo_root, tmp_path):
     names = sorted(p.name.removesuffix("_0000.nii.gz") for p in images.iterdir())
     assert len(names) == 10
     config = CompressionConfig(params=0.122)
-    calibrated = CalibrationSet(images, cases=tuple(names[:3]), patches=6)
+    calibrated = CalibrationSet(images, cases=tuple(names[:3]))
     drops = {}
     for name, data in (("plain", None), ("calibrated", calibrated)):
         compress_folder(hippocampus, tmp_path / name, config, calibrate=data)
@@ -227,4 +228,4 @@ def test_calibration_loses_less(hippocampus, repo_root, tmp_path):
     assert drops["calibrated"] <= 0.004
     assert drops["calibrated"] < 0.5 * drops["plain"]
     agreement = evaluate_folder(tmp_path / "pred_calibrated", tmp_path / "pred_dense").mean
-    assert agreement > 0.97
+    assert agreement > 0.98

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -18,13 +19,17 @@ from tucker_ops.nnunet.folder import read_model_folder
 from tucker_ops.nnunet.networks import build_network
 
 HALF = CompressionConfig(factor=0.5, min_rank=4, align=4)
+# At so few parameters some layers get a rank of their kernel's taps.
+TAPS = CompressionConfig(params=0.15, min_rank=4, align=4)
 TUCKER = (TuckerConv2d, TuckerConv3d)
 
 
-@pytest.fixture(params=["PlainConvUNet", "ResidualEncoderUNet"])
+@pytest.fixture(params=itertools.product(["PlainConvUNet", "ResidualEncoderUNet"], [HALF, TAPS]))
 def models(request, tmp_path):
-    source = make_model(tmp_path / "src", network=request.param)
-    compress_folder(source, tmp_path / "dst", HALF)
+    network, config = request.param
+    source = make_model(tmp_path / "src", network=network)
+    manifest = compress_folder(source, tmp_path / "dst", config)
+    assert any(len(ranks) == 3 for ranks in manifest.plan.ranks.values()) == (config is TAPS)
     return read_model_folder(source), read_model_folder(tmp_path / "dst")
 
 
@@ -92,6 +97,11 @@ def test_dense_weights_do_not_load(models):
     dense = read_checkpoint(models[0].checkpoint_path(0))["network_weights"]
     with pytest.raises(RuntimeError, match=r"Missing key.*core"):
         build(models[1]).load_state_dict(dense)
+
+
+def test_only_networks_with_a_rank_of_the_taps_need_this_version(models):
+    described = models[1].architecture["arch_kwargs"]["tucker"]
+    assert described["version"] == max(len(ranks) - 1 for ranks in described["ranks"].values())
 
 
 def test_unknown_description(models):

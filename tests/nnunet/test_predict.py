@@ -302,7 +302,13 @@ def stock_prediction(model: Path, images: Path, output: Path, repo_root: Path) -
     assert done.returncode == 0, done.stderr
 
 
-def test_stock_nnunet_predicts_the_same(tmp_path, compressed, images, repo_root):
+@pytest.mark.parametrize(
+    "config", [HALF, CompressionConfig(params=0.15, min_rank=4, align=4)], ids=["channels", "taps"]
+)
+def test_stock_nnunet_predicts_the_same(tmp_path, tiny_model, config, images, repo_root):
+    compressed = tmp_path / "compressed"
+    manifest = compress_folder(tiny_model, compressed, config)
+    assert any(len(ranks) == 3 for ranks in manifest.plan.ranks.values()) == (config is not HALF)
     stock_prediction(compressed, images, tmp_path / "stock", repo_root)
     predict_folder(compressed, images, tmp_path / "ours", mirroring=False)
     for case in ("a", "b"):

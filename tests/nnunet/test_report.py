@@ -27,7 +27,7 @@ from tucker_ops.nnunet.report.layers import layers_of, setting_name, short_name
 from tucker_ops.nnunet.report.overlay import Volume, largest_slice, overlay_figure, read_oriented
 from tucker_ops.nnunet.report.page import Section, render_page
 from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
-from tucker_ops.nnunet.report.tables import TextTable
+from tucker_ops.nnunet.report.tables import TextTable, layer_table
 from tucker_ops.nnunet.segmentations import read_dataset
 from tucker_ops.types import ConvSpec
 
@@ -274,6 +274,19 @@ def rows_apart(axes, figure) -> bool:
     pixels(figure)
     boxes = [t.get_window_extent() for t in axes.get_yticklabels()]
     return not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_a_rank_of_the_taps_is_shown():
+    made = manifest()
+    first, second, third = made.plan.layers
+    second = replace(second, ranks=(16, 16, 9))
+    rows = layers_of(replace(made, plan=replace(made.plan, layers=(first, second, third))))
+    table = layer_table("layers", rows)
+    assert (
+        "ranks in, out, taps" in table.columns and "ranks in, out" in layer_table("", layers_of(made)).columns
+    )
+    assert [row[3] for row in table.rows] == ["dense", "16, 16, 9", "32, 16"]
+    assert rank_figure({"taps": rows}).axes
 
 
 def test_names_of_many_layers_stay_apart():

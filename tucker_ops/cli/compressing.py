@@ -20,6 +20,7 @@ from tucker_ops.cli.options import (
     MaxDropOption,
     MinRankOption,
     ModelArgument,
+    NoTapRanksOption,
     RefineOption,
     TrustOption,
     calibration_set,
@@ -67,6 +68,7 @@ def compress(
     ] = None,
     min_rank: MinRankOption = 8,
     align: AlignOption = 8,
+    no_tap_ranks: NoTapRanksOption = False,
     policy: Annotated[
         Policy,
         typer.Option(
@@ -141,6 +143,7 @@ def compress(
             set(budget) - {"factor"}
             or calibrate
             or (min_rank, align) != (8, 8)
+            or no_tap_ranks
             or skip_transposed
             or keep_expensive
         ):
@@ -153,6 +156,7 @@ def compress(
             **(budget or ({"macs": 0.5} if calibrate else {"factor": 0.5})),
             min_rank=min_rank,
             align=align,
+            tap_ranks=False if no_tap_ranks else None,
             skip_transposed=skip_transposed,
             only_if_cheaper=not keep_expensive,
         )
@@ -219,6 +223,7 @@ def sweep(
     ] = None,
     min_rank: MinRankOption = 8,
     align: AlignOption = 8,
+    no_tap_ranks: NoTapRanksOption = False,
     calibrate: Annotated[
         Path | None,
         typer.Option("--calibrate", help="A few unlabelled images by which to judge what matters."),
@@ -247,7 +252,12 @@ def sweep(
 
     asked = {"params": params, "macs": macs, "factor": factor, "latency_ms": latency_ms}
     configs = [
-        CompressionConfig(**{policy: value}, min_rank=min_rank, align=align)
+        CompressionConfig(
+            **{policy: value},
+            min_rank=min_rank,
+            align=align,
+            tap_ranks=False if no_tap_ranks else None,
+        )
         for policy, text in asked.items()
         for value in _numbers(policy, text)
     ]

@@ -39,6 +39,14 @@ MaxClassDropOption = Annotated[
 ]
 MinRankOption = Annotated[int, typer.Option("--min-rank", help="Smallest rank.")]
 AlignOption = Annotated[int, typer.Option("--align", help="Ranks are multiples of this.")]
+NoTapRanksOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-tap-ranks",
+        help="With --params: give no layer a rank of its kernel's taps. Fewer multiply-accumulates at the same "
+        "parameters, further from the dense model.",
+    ),
+]
 CalibrateCaseOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -17,6 +17,7 @@ from tucker_ops.convert.trace import trace
 from tucker_ops.decompose import Weighting, decompose
 from tucker_ops.errors import ConversionError, TuckerOpsError
 from tucker_ops.nn import spec_of, tucker_class, tucker_module
+from tucker_ops.types import Ranks
 
 Progress = Callable[[int, int, str], None]
 
@@ -89,7 +90,7 @@ def apply_with_report(
     return converted, errors
 
 
-def substitute(model: nn.Module, ranks: Mapping[str, tuple[int, int]]) -> nn.Module:
+def substitute(model: nn.Module, ranks: Mapping[str, Ranks]) -> nn.Module:
     """Put freshly initialised Tucker modules where `ranks` names convolutions; returns the model.
 
     For a model whose weights are loaded afterwards, under the same aliases. Nothing is decomposed.
@@ -100,7 +101,7 @@ def substitute(model: nn.Module, ranks: Mapping[str, tuple[int, int]]) -> nn.Mod
     by_name = {alias: conv for conv in convolutions(model).values() for alias in names[id(conv)]}
     replacements: dict[int, nn.Module] = {}
     owned_by = rules.owners(model)
-    for name, pair in ranks.items():
+    for name, of_layer in ranks.items():
         if name not in by_name:
             raise ConversionError(
                 f"ranks are given for {name!r}, but {type(model).__name__} has no convolution of that name; "
@@ -113,7 +114,7 @@ def substitute(model: nn.Module, ranks: Mapping[str, tuple[int, int]]) -> nn.Mod
         if reason is not None:
             raise ConversionError(f"ranks are given for {name!r}, which cannot be factorised: {reason}")
         like = conv.weight
-        module = tucker_module(spec_of(conv), tuple(pair), device=like.device, dtype=like.dtype)
+        module = tucker_module(spec_of(conv), tuple(of_layer), device=like.device, dtype=like.dtype)
         replacements[id(conv)] = module.train(conv.training)
     return _rebind(model, replacements)[0]
 

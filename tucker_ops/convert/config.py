@@ -10,7 +10,8 @@ from typing import Any
 
 from tucker_ops.errors import ConfigError
 
-VERSION = 1
+# Version 1 knew no rank of the taps.
+VERSION = 2
 POLICIES = ("factor", "energy", "params", "macs", "latency_ms")
 BUDGETS = ("params", "macs", "latency_ms")
 
@@ -30,6 +31,9 @@ class CompressionConfig:
         latency_ms: milliseconds of one forward pass, by times of the layers that `plan` is given.
     The last three share one budget out among all layers, where it keeps most of the weights' energy per unit, or of
     what a calibration found to matter.
+        tap_ranks: a layer may get a third rank, of its kernel's taps. The parameters it saves pay for larger ranks of
+            the channels: nearer to the dense network at the same parameters, for more multiply-accumulates. For
+            `params` only, where it is the default (None); it saves nothing else.
 
     Left dense, apart from what cannot be factorised:
         only_if_cheaper: layers whose factorised form is not cheaper in both parameters and MACs.
@@ -48,6 +52,7 @@ class CompressionConfig:
     latency_ms: float | None = None
     min_rank: int = 8
     align: int = 8
+    tap_ranks: bool | None = None
     rounding: str = "nearest"
     only_if_cheaper: bool = True
     skip_transposed: bool = False
@@ -73,9 +78,16 @@ class CompressionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.tap_ranks is None:
+            object.__setattr__(self, "tap_ranks", self.policy == "params")
+        elif self.tap_ranks is True and self.policy != "params":
+            raise ConfigError(
+                f"tap_ranks saves parameters and nothing else, so it goes with params=, not {self.policy}=; leave it "
+                "out"
+            )
         if self.rounding not in ("nearest", "ceil"):
             raise ConfigError(f"rounding must be 'nearest' or 'ceil', got {self.rounding!r}")
-        for name in ("only_if_cheaper", "skip_transposed", "skip_first", "skip_heads"):
+        for name in ("tap_ranks", "only_if_cheaper", "skip_transposed", "skip_first", "skip_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if isinstance(self.exclude, str) or not all(isinstance(p, str) for p in self.exclude):
@@ -105,7 +117,10 @@ class CompressionConfig:
         Raises ConfigError for unknown keys, values out of range, and versions newer than this package.
         """
         values = dict(data)
-        check_version("compression config", values.pop("version", None), VERSION)
+        version = values.pop("version", None)
+        check_version("compression config", version, VERSION)
+        if version == 1:
+            values.setdefault("tap_ranks", False)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ConfigError(

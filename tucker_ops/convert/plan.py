@@ -19,14 +19,16 @@ from tucker_ops.convert.trace import Trace, probe_and_trace, trace
 from tucker_ops.cost import Cost, Voxels, dense_cost, one_pass_cost, three_conv_cost
 from tucker_ops.decompose import Spectrum, Weighting, spectrum
 from tucker_ops.errors import ConfigError, ConversionError, TuckerOpsError
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Ranks
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One convolution: what it is, and either its ranks (R_in, R_out) or the reason it stays dense.
+    """One convolution: what it is, and either its ranks or the reason it stays dense.
+
+    ``ranks`` are (R_in, R_out), or (R_in, R_out, R_taps) with a rank of the kernel's taps.
 
     ``aliases`` are the further names of the same module. ``calls`` counts its runs in one forward pass.
     ``dense`` and ``tucker`` are costs of all its runs, batch of the plan's input included; bytes assume one
@@ -42,7 +44,7 @@ class LayerPlan:
     calls: int
     dense: Cost
     tucker: Cost | None = None
-    ranks: tuple[int, int] | None = None
+    ranks: Ranks | None = None
     reason: str | None = None
     expected_error: float | None = None
     expected_loss: float | None = None
@@ -72,8 +74,8 @@ class Plan:
     calibration: str | None = None
 
     @property
-    def ranks(self) -> dict[str, tuple[int, int]]:
-        """(R_in, R_out) of each factorised layer, by name."""
+    def ranks(self) -> dict[str, Ranks]:
+        """(R_in, R_out) or (R_in, R_out, R_taps) of each factorised layer, by name."""
         return {layer.name: layer.ranks for layer in self.layers if layer.ranks is not None}
 
     @property
@@ -203,7 +205,7 @@ def plan(
     }
     total_params = sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
-    def tucker(name: str, ranks: tuple[int, int]) -> Cost:
+    def tucker(name: str, ranks: Ranks) -> Cost:
         spec = layers[name].spec
         cost = three_conv_cost if spec.transposed else one_pass_cost
         size = _itemsize(convs[name])

@@ -12,15 +12,15 @@ import numpy as np
 
 from tucker_ops.convert.config import BUDGETS, CompressionConfig
 from tucker_ops.convert.rules import not_cheaper
-from tucker_ops.cost import Cost
+from tucker_ops.cost import Cost, core_params
 from tucker_ops.decompose import Spectrum
 from tucker_ops.decompose.ranks import Options, allocate, energy_rank, factor_rank, rank_grid
 from tucker_ops.errors import ConfigError
+from tucker_ops.types import Ranks
 
 if TYPE_CHECKING:
     from tucker_ops.convert.plan import LayerPlan
 
-Ranks = tuple[int, int]
 CostOf = Callable[[str, Ranks], Cost]
 # Milliseconds that a layer takes at ranks, or dense (None), all its runs of one forward pass together.
 LatencyOf = Callable[[str, Ranks | None], float]
@@ -144,7 +144,7 @@ def _options(
     price: Callable[[Ranks | None], float],
     config: CompressionConfig,
 ) -> tuple[list[Ranks | None], Options]:
-    """Every pair of ranks the layer may take, and None for staying dense, with cost and error.
+    """All ranks the layer may take, and None for staying dense, with cost and error.
 
     With a calibration the error is the expected loss in nats, which adds up over layers. Without one it is -log of
     the share of the layer's energy that is kept. Shares, because a norm follows nearly every convolution and takes
@@ -159,16 +159,33 @@ def _options(
         lost = -(1 - values.squared_errors()).clamp(min=1e-12).log()
     else:
         lost = values.nats * values.squared_errors()
-    pairs: list[Ranks | None] = []
+    choices: list[Ranks | None] = []
     cost, error = [], []
     for ranks in product(*grids):
-        if config.only_if_cheaper and not_cheaper(layer.dense, tucker(ranks), ranks) is not None:
-            continue
-        pairs.append(ranks)
-        cost.append(price(ranks))
-        error.append(float(lost[ranks[0] - 1, ranks[1] - 1]))
+        of_layer, errors = tucker(ranks), lost[ranks[0] - 1, ranks[1] - 1]
+        if not config.only_if_cheaper or not_cheaper(layer.dense, of_layer, ranks) is None:
+            choices.append(ranks)
+            cost.append(price(ranks))
+            error.append(float(errors[-1]))
+        if config.tap_ranks:
+            taps, params = _tap_ranks(layer, of_layer, ranks, config)
+            choices += [(*ranks, int(r)) for r in taps]
+            cost += params.tolist()
+            error += errors[taps - 1].tolist()
     if config.only_if_cheaper:
-        pairs.append(None)
+        choices.append(None)
         cost.append(price(None))
         error.append(0.0)
-    return pairs, Options(np.array(cost, dtype=np.float64), np.array(error))
+    return choices, Options(np.array(cost, dtype=np.float64), np.array(error))
+
+
+def _tap_ranks(
+    layer: LayerPlan, pair: Cost, ranks: tuple[int, int], config: CompressionConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks of the taps that save parameters at these ranks of the channels, which cost `pair`, and what is left."""
+    taps = np.arange(1, math.prod(layer.spec.kernel_size))
+    params = pair.params - core_params(layer.spec, *ranks) + core_params(layer.spec, *ranks, taps)
+    saves = params < pair.params
+    if config.only_if_cheaper:
+        saves &= (params < layer.dense.params) & (pair.macs < layer.dense.macs)
+    return taps[saves], params[saves]

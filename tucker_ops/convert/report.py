@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tucker_ops.types import ranks_text
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -56,7 +58,7 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
     return (
         layer.name,
         shape,
-        f"{layer.ranks[0]}, {layer.ranks[1]}",
+        ranks_text(layer.ranks),
         f"{params} → {cost.params:,}",
         f"{macs} → {_mega(cost.macs)}",
         "" if error is None else f"{error:.3f}",

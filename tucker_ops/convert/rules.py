@@ -14,7 +14,7 @@ from tucker_ops.convert.config import CompressionConfig
 from tucker_ops.cost import Cost
 from tucker_ops.errors import ConversionError
 from tucker_ops.nn import spec_of
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Ranks, ranks_text
 
 _EXACT = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,7 +86,7 @@ def unwanted(spec: ConvSpec, use: Use, names: Sequence[str], config: Compression
     return None
 
 
-def not_cheaper(dense: Cost, tucker: Cost, ranks: tuple[int, int]) -> str | None:
+def not_cheaper(dense: Cost, tucker: Cost, ranks: Ranks) -> str | None:
     """Why a layer at these ranks does not pay: no gain in parameters, or none in MACs."""
     parts = []
     if tucker.params >= dense.params:
@@ -95,7 +95,7 @@ def not_cheaper(dense: Cost, tucker: Cost, ranks: tuple[int, int]) -> str | None
         parts.append(f"{tucker.macs:,} MACs against {dense.macs:,}")
     if not parts:
         return None
-    return f"not cheaper: at ranks {ranks[0]}, {ranks[1]} it would take {' and '.join(parts)} dense"
+    return f"not cheaper: at ranks {ranks_text(ranks)} it would take {' and '.join(parts)} dense"
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> str | None:

@@ -1,9 +1,10 @@
-"""Tucker-2 over the two channel modes: HOSVD start, then HOOI, by tensorly."""
+"""Tucker over the two channel modes, and over the taps where asked: HOSVD start, then HOOI, by tensorly."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from tucker_ops.decompose.kernel import as_out_in_taps
 from tucker_ops.decompose.weighting import Weighting, weighted_kernel
 from tucker_ops.errors import ConfigError, RankError
+from tucker_ops.types import Ranks
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class TuckerFactors:
     """A kernel as u_out · core · u_in, in the dtype and on the device of the kernel it came from.
 
     u_in [R_in, C_in] and u_out [C_out, R_out] are orthonormal (before rounding to the dtype); core is
-    [R_out, R_in, *kernel], or [R_in, R_out, *kernel] if ``transposed``. ``relative_error`` is
+    [R_out, R_in, *kernel], or [R_in, R_out, *kernel] if ``transposed``. With a rank of the taps the core's last axis
+    is R_taps, and u_taps [R_taps, *kernel], orthonormal too, makes the kernel of it. ``relative_error`` is
     ||W - Ŵ|| / ||W|| (Frobenius, float64) of these very factors, rounding included; 0 for an all-zero kernel.
     """
 
@@ -29,16 +32,20 @@ class TuckerFactors:
     u_out: Tensor
     relative_error: float
     transposed: bool = False
+    u_taps: Tensor | None = None
 
     @property
-    def ranks(self) -> tuple[int, int]:
-        """(R_in, R_out)."""
-        return self.u_in.shape[0], self.u_out.shape[1]
+    def ranks(self) -> Ranks:
+        """(R_in, R_out), or (R_in, R_out, R_taps)."""
+        pair = self.u_in.shape[0], self.u_out.shape[1]
+        return pair if self.u_taps is None else (*pair, self.u_taps.shape[0])
 
     def dense(self) -> Tensor:
         """The kernel Ŵ these factors stand for: shape of the original, float64."""
         formula = "ro,rs...,si->oi..."
         core = self.core.double()
+        if self.u_taps is not None:
+            core = torch.tensordot(core, self.u_taps.double(), 1)
         if self.transposed:
             formula, core = "ro,rs...,si->io...", core.transpose(0, 1)
         return torch.einsum(formula, self.u_out.double().T, core, self.u_in.double())
@@ -46,14 +53,14 @@ class TuckerFactors:
 
 def decompose(
     weight: Tensor,
-    ranks: tuple[int, int],
+    ranks: Ranks,
     *,
     transposed: bool = False,
     weighting: Weighting | None = None,
     n_iter_max: int = 30,
     tol: float = 1e-4,
 ) -> TuckerFactors:
-    """Tucker-2 of a convolution kernel over its channel modes, in float64 on the CPU.
+    """Tucker-2 of a convolution kernel over its channel modes, or over its taps too, in float64 on the CPU.
 
     Starts from the truncated HOSVD and iterates HOOI (De Lathauwer, De Moor, Vandewalle 2000, as in
     tensorly's `partial_tucker`) until the relative error changes by less than `tol`, or `n_iter_max` times.
@@ -61,58 +68,64 @@ def decompose(
     Args:
         weight: [C_out, C_in, *kernel] as in torch.nn.ConvNd, or [C_in, C_out, *kernel] if `transposed`;
             float16, bfloat16, float32 or float64, any device.
-        ranks: (R_in, R_out), each between 1 and its number of channels.
+        ranks: (R_in, R_out), each between 1 and its number of channels, or (R_in, R_out, R_taps), R_taps between 1 and
+            the number of taps.
         weighting: minimise W - Ŵ in its metric instead of ||W - Ŵ||; the reported error stays the latter.
 
     Raises RankError, ShapeError, DtypeError or ConfigError for arguments out of range, ConversionError for a
     kernel with NaN or infinity in it.
     """
     kernel, roots = weighted_kernel(as_out_in_taps(weight, transposed), weighting)
-    rank_in, rank_out = _checked(ranks, channels=(kernel.shape[1], kernel.shape[0]))
+    rank_in, rank_out, *rank_taps = _checked(ranks, (kernel.shape[1], kernel.shape[0], kernel.shape[2]))
     if n_iter_max < 1 or not tol >= 0:
         raise ConfigError(f"n_iter_max must be at least 1 and tol at least 0, got {n_iter_max} and {tol}")
     scale = float(kernel.abs().max())
     if scale == 0:
-        u_out, u_in = torch.eye(kernel.shape[0], rank_out), torch.eye(kernel.shape[1], rank_in)
-        core = torch.zeros(rank_out, rank_in, kernel.shape[2])
+        wanted = (rank_out, rank_in, *rank_taps)
+        bases = [torch.eye(n, r) for n, r in zip(kernel.shape, wanted, strict=False)]
+        core = torch.zeros(*wanted, *kernel.shape[len(wanted) :])
     else:
         # Brought to unit size, because squares of values near 1e-170 vanish even in float64.
-        core, u_out, u_in = _hooi((kernel / scale).numpy(), (rank_out, rank_in), n_iter_max, tol)
+        core, *bases = _hooi((kernel / scale).numpy(), (rank_out, rank_in, *rank_taps), n_iter_max, tol)
         core = core * scale
         if roots is not None:
-            core, u_out, u_in = roots.unweighted(core, u_out, u_in)
+            core, *bases = roots.unweighted(core, *bases)
+    u_out, u_in, *u_taps = bases
     core = core.transpose(0, 1) if transposed else core
     like = {"device": weight.device, "dtype": weight.dtype}
     factors = TuckerFactors(
         u_in=u_in.T.contiguous().to(**like),
-        core=core.reshape(*core.shape[:2], *weight.shape[2:]).contiguous().to(**like),
+        core=core.reshape(*core.shape[:2], *(rank_taps or weight.shape[2:])).contiguous().to(**like),
         u_out=u_out.contiguous().to(**like),
         relative_error=0.0,
         transposed=transposed,
+        u_taps=u_taps[0].T.reshape(*rank_taps, *weight.shape[2:]).contiguous().to(**like) if u_taps else None,
     )
     if scale == 0:
         return factors
     scale = float(weight.detach().abs().max())
     original = weight.detach().double() / scale
     error = torch.linalg.vector_norm(original - factors.dense() / scale) / torch.linalg.vector_norm(original)
-    return TuckerFactors(factors.u_in, factors.core, factors.u_out, float(error), transposed)
+    return replace(factors, relative_error=float(error))
 
 
-def _checked(ranks: tuple[int, int], channels: tuple[int, int]) -> tuple[int, int]:
+def _checked(ranks: Sequence[int], sizes: tuple[int, int, int]) -> tuple[int, ...]:
     try:
-        rank_in, rank_out = ranks
-        valid = all(int(r) == r and 1 <= r <= c for r, c in zip((rank_in, rank_out), channels, strict=True))
+        valid = len(ranks) in (2, 3) and all(
+            int(r) == r and 1 <= r <= n for r, n in zip(ranks, sizes, strict=False)
+        )
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise RankError(
-            f"ranks (R_in, R_out) = {ranks!r} must be two integers between 1 and the channels "
-            f"(C_in, C_out) = {channels}"
+            f"ranks (R_in, R_out) = {ranks!r} must be two integers between 1 and the channels (C_in, C_out) = "
+            f"{sizes[:2]}, or three, the last, R_taps, between 1 and the {sizes[2]} taps"
         )
-    return int(rank_in), int(rank_out)
+    return tuple(int(r) for r in ranks)
 
 
-def _hooi(kernel: np.ndarray, ranks: tuple[int, int], n_iter_max: int, tol: float) -> list[Tensor]:
+def _hooi(kernel: np.ndarray, ranks: tuple[int, ...], n_iter_max: int, tol: float) -> list[Tensor]:
+    """The core and the factors [size, rank] of the leading modes, one for each of `ranks`."""
     import tensorly
     from tensorly.decomposition import partial_tucker
 
@@ -120,7 +133,13 @@ def _hooi(kernel: np.ndarray, ranks: tuple[int, int], n_iter_max: int, tol: floa
         # A rank above R_other * taps spans more than the kernel has; tensorly says so and pads orthonormally.
         warnings.filterwarnings("ignore", message="Trying to compute SVD with n_eigenvecs")
         (core, factors), _ = partial_tucker(
-            kernel, ranks, modes=[0, 1], init="svd", n_iter_max=n_iter_max, tol=tol, random_state=0
+            kernel,
+            ranks,
+            modes=list(range(len(ranks))),
+            init="svd",
+            n_iter_max=n_iter_max,
+            tol=tol,
+            random_state=0,
         )
     return [torch.from_numpy(np.ascontiguousarray(part)) for part in (core, *factors)]
 

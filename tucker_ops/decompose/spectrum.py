@@ -9,16 +9,17 @@ from torch import Tensor
 
 from tucker_ops.decompose.kernel import as_out_in_taps
 from tucker_ops.decompose.weighting import Weighting, weighted_kernel
+from tucker_ops.types import Ranks
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Energy (squared core entries, summed over the taps) of a kernel's full HOSVD.
+    """Energy (squared core entries) of a kernel's full HOSVD.
 
-    ``energy`` is [C_in, C_out], float64, both modes in order of falling singular value. Truncation at
-    (R_in, R_out) keeps the leading block, and because all factors are orthonormal the squared error is
-    exactly the energy outside of it. HOOI only improves on that. Of a weighted kernel all errors are those in
-    the weighted norm, and ``nats`` is what losing the whole kernel would cost (see `Weighting`); else None.
+    ``energy`` is [C_in, C_out, taps], float64, each mode in order of falling singular value. Truncation at
+    (R_in, R_out), or (R_in, R_out, R_taps), keeps the leading block, and because all factors are orthonormal the
+    squared error is exactly the energy outside of it. HOOI only improves on that. Of a weighted kernel all errors are
+    those in the weighted norm, and ``nats`` is what losing the whole kernel would cost (see `Weighting`); else None.
     """
 
     energy: Tensor
@@ -26,24 +27,30 @@ class Spectrum:
 
     def share_kept(self) -> tuple[Tensor, Tensor]:
         """Cumulative share of the squared singular values per mode: ([C_in], [C_out]), rising to 1."""
-        return tuple(_share(self.energy.sum(dim)) for dim in (1, 0))
+        return tuple(_share(self.energy.sum(dim)) for dim in ((1, 2), (0, 2)))
 
     def squared_errors(self) -> Tensor:
-        """||W - Ŵ||² / ||W||² of the truncated HOSVD at (R_in, R_out) in entry [R_in - 1, R_out - 1]."""
+        """||W - Ŵ||² / ||W||² of the truncated HOSVD at (R_in, R_out, R_taps), [C_in, C_out, taps].
+
+        Ranks stand in the entry one less; those with all taps in the last.
+        """
         total = self.energy.sum()
         if total == 0:
             return torch.zeros_like(self.energy)
-        lost = 1 - self.energy.cumsum(0).cumsum(1) / total
+        lost = 1 - self.energy.cumsum(0).cumsum(1).cumsum(2) / total
         return lost.clamp_(0, 1)
 
-    def relative_error(self, ranks: tuple[int, int]) -> float:
-        """||W - Ŵ|| / ||W|| of the truncated HOSVD at ranks (R_in, R_out)."""
-        rank_in, rank_out = ranks
+    def relative_error(self, ranks: Ranks) -> float:
+        """||W - Ŵ|| / ||W|| of the truncated HOSVD at ranks (R_in, R_out) or (R_in, R_out, R_taps)."""
+        rank_in, rank_out, *rank_taps = ranks
         total = float(self.energy.sum())
         if total == 0:
             return 0.0
         # Summed over what is dropped, which stays exact where 1 - kept would cancel.
-        lost = float(self.energy[rank_in:].sum() + self.energy[:rank_in, rank_out:].sum())
+        lost = self.energy[rank_in:].sum() + self.energy[:rank_in, rank_out:].sum()
+        for rank in rank_taps:
+            lost = lost + self.energy[:rank_in, :rank_out, rank:].sum()
+        lost = float(lost)
         return (lost / total) ** 0.5
 
 
@@ -61,7 +68,9 @@ def spectrum(weight: Tensor, *, transposed: bool = False, weighting: Weighting |
     u_in = _left_singular_vectors(kernel.transpose(0, 1).flatten(1))
     core = torch.einsum("oik,ir->rok", kernel, u_in)
     core = torch.einsum("rok,os->rsk", core, u_out)
-    return Spectrum(core.square().sum(-1), nats)
+    # On the left of the rotated core, which has the same Gram matrix of the taps.
+    core = core @ _left_singular_vectors(core.flatten(0, 1).T)
+    return Spectrum(core.square_(), nats)
 
 
 def _left_singular_vectors(matrix: Tensor) -> Tensor:

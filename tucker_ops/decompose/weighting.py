@@ -70,15 +70,24 @@ class Roots:
         """W ×₁ output^½ ×₂ input^½ ×₃ taps^½ of a kernel W [C_out, C_in, taps]."""
         return torch.einsum("op,pik,ij,kl->ojl", self.output[0], kernel, self.input[0], self.taps[0])
 
-    def unweighted(self, core: Tensor, u_out: Tensor, u_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(core, u_out, u_in) of W from those of the weighted kernel, both factors orthonormal again.
+    def unweighted(
+        self, core: Tensor, u_out: Tensor, u_in: Tensor, u_taps: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """(core, u_out, u_in) of W from those of the weighted kernel, all factors orthonormal again; u_taps likewise.
 
-        core [R_out, R_in, taps], u_out [C_out, R_out], u_in [C_in, R_in]. What is not orthonormal in the factors
-        goes into the core: roots that are nearly singular would make entries that half precision cannot hold.
+        core [R_out, R_in, taps], or [R_out, R_in, R_taps] with u_taps [taps, R_taps]; u_out [C_out, R_out],
+        u_in [C_in, R_in]. What is not orthonormal in the factors goes into the core: roots that are nearly singular
+        would make entries that half precision cannot hold.
         """
         u_out, remainder_out = torch.linalg.qr(self.output[1] @ u_out)
         u_in, remainder_in = torch.linalg.qr(self.input[1] @ u_in)
-        return torch.einsum("ro,oik,si,kl->rsl", remainder_out, core, remainder_in, self.taps[1]), u_out, u_in
+        if u_taps is None:
+            remainder_taps, bases = self.taps[1], (u_out, u_in)
+        else:
+            u_taps, remainder_taps = torch.linalg.qr(self.taps[1] @ u_taps)
+            bases = (u_out, u_in, u_taps)
+        core = torch.einsum("ro,oik,si,lk->rsl", remainder_out, core, remainder_in, remainder_taps)
+        return core, *bases
 
 
 def weighted_kernel(kernel: Tensor, weighting: Weighting | None) -> tuple[Tensor, Roots | None]:

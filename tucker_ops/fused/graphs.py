@@ -69,8 +69,8 @@ def has_own_forward(module: nn.Module) -> bool:
     plain = next(
         cls for cls in type(module).__mro__ if cls.__module__ in ("torch.nn.modules.conv", "tucker_ops.nn")
     )
-    name = "core" if isinstance(module, _TuckerConv) else "weight"
-    return type(module).forward is plain.forward and name in module._parameters
+    names = ("core", "u_taps") if isinstance(module, _TuckerConv) else ("weight",)
+    return type(module).forward is plain.forward and all(name in module._parameters for name in names)
 
 
 def readers_behind_cat(node: fx.Node) -> list[fx.Node]:

@@ -21,7 +21,7 @@ from tucker_ops.backends.cpu import MOST_SOURCES, SIDE_BY_SIDE
 from tucker_ops.errors import ConversionError
 from tucker_ops.fused import arithmetic, graphs
 from tucker_ops.fused.values import Concatenated, Pending, Summed, Upsampled, Value
-from tucker_ops.nn import _TuckerConv, spec_of
+from tucker_ops.nn import _TuckerConv, spatial_core, spec_of
 
 _BLOCK = torch.ops.tucker_ops.tucker_block.default
 _MERGE = torch.ops.tucker_ops.tucker_merge.default
@@ -154,8 +154,17 @@ class Rewriter:
 
     def weight(self, target: str, name: str) -> fx.Node | None:
         """A parameter in the dtype in which blocks compute."""
-        found = self.attribute(target, name)
-        return found if found is None or self.dtype is None else self.call(torch.Tensor.to, found, self.dtype)
+        return self.in_block_dtype(self.attribute(target, name))
+
+    def spatial_core(self, target: str) -> fx.Node:
+        """The core with which a factorised layer convolves, as `weight`: multiplied out before it is rounded."""
+        core, u_taps = (self.attribute(target, name) for name in ("core", "u_taps"))
+        return self.in_block_dtype(core if u_taps is None else self.product(spatial_core, core, u_taps))
+
+    def in_block_dtype(self, weight: fx.Node | None) -> fx.Node | None:
+        if weight is None or self.dtype is None:
+            return weight
+        return self.call(torch.Tensor.to, weight, self.dtype)
 
     def block_values(self, value: Pending) -> fx.Node:
         if value.from_block or self.dtype is None:
@@ -184,7 +193,7 @@ class Rewriter:
         if not graphs.has_own_forward(module):
             return self.left(node, module, "has a forward or a weight of another class")
         tucker = isinstance(module, _TuckerConv)
-        core = self.weight(node.target, "core" if tucker else "weight")
+        core = self.spatial_core(node.target) if tucker else self.weight(node.target, "weight")
         u_in = self.weight(node.target, "u_in") if tucker else None
         u_out = self.weight(node.target, "u_out") if tucker else None
         readers = [self.model.get_submodule(u.target) for u in node.users if u.op == "call_module"]
@@ -284,8 +293,8 @@ class Rewriter:
 
     def transposed_weight(self, part: Upsampled) -> fx.Node:
         if isinstance(part.module, _TuckerConv):
-            factors = (self.weight(part.target, name) for name in ("u_in", "core", "u_out"))
-            return self.product(arithmetic.tucker_weight, *factors)
+            u_in, u_out = (self.weight(part.target, name) for name in ("u_in", "u_out"))
+            return self.product(arithmetic.tucker_weight, u_in, self.spatial_core(part.target), u_out)
         return self.weight(part.target, "weight")
 
     def transposed_convolution(self, node: fx.Node, module: nn.Module, value: Value) -> Value | None:

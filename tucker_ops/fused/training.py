@@ -16,9 +16,15 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from tucker_ops.backends import cpu_derivative
 from tucker_ops.backends.select import norm_act_kernels, pointwise_kernels
 from tucker_ops.fused.graphs import computes_statistics, has_own_forward, hooked
-from tucker_ops.nn import TuckerConv2d, TuckerConv3d, TuckerConvTranspose2d, TuckerConvTranspose3d
+from tucker_ops.nn import (
+    TuckerConv2d,
+    TuckerConv3d,
+    TuckerConvTranspose2d,
+    TuckerConvTranspose3d,
+    spatial_core,
+)
 
-_WEIGHTS = ("u_in", "core", "u_out", "bias")
+_WEIGHTS = ("u_in", "core", "u_taps", "u_out", "bias")
 
 
 def train_form(model: nn.Module, graph: fx.Graph) -> tuple[fx.GraphModule, int]:
@@ -75,10 +81,7 @@ def _join(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None
     if call is None or call.target is not torch.ops.tucker_ops.norm_act.default or len(values.users) != 1:
         return
     with graph.inserting_before(node):
-        weights = [
-            None if getattr(conv, name) is None else graph.get_attr(f"{node.target}.{name}")
-            for name in _WEIGHTS
-        ]
+        weights = _tucker_weights(node, conv, graph)
         geometry = [list(v) for v in (conv.stride, conv.padding, conv.dilation)]
         joined = graph.call_function(norm_act_conv, (*call.args, *weights, *geometry))
     node.replace_all_uses_with(joined)
@@ -103,15 +106,27 @@ def _take_pointwise(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Grap
     if hooked(conv) or not has_own_forward(conv) or not _holds(conv, names):
         return
     with graph.inserting_before(node):
-        weights = [
-            None if getattr(conv, name) is None else graph.get_attr(f"{node.target}.{name}") for name in names
-        ]
+        weights = _tucker_weights(node, conv, graph) if arguments else _attributes(node, conv, graph, names)
         function = tucker_conv_transpose if arguments else pointwise_conv
         value = graph.call_function(
             function, (node.args[0], *weights, *(list(values) for values in arguments))
         )
     node.replace_all_uses_with(value)
     graph.erase_node(node)
+
+
+def _attributes(
+    node: fx.Node, module: nn.Module, graph: fx.Graph, names: tuple[str, ...]
+) -> list[fx.Node | None]:
+    return [None if getattr(module, n) is None else graph.get_attr(f"{node.target}.{n}") for n in names]
+
+
+def _tucker_weights(node: fx.Node, conv: nn.Module, graph: fx.Graph) -> list[fx.Node | None]:
+    """u_in, the core that convolves, u_out and bias."""
+    u_in, core, u_taps, u_out, bias = _attributes(node, conv, graph, _WEIGHTS)
+    if u_taps is not None:
+        core = graph.call_function(spatial_core, (core, u_taps))
+    return [u_in, core, u_out, bias]
 
 
 def _hand_over_channels_last(node: fx.Node, modules: dict[str, nn.Module], graph: fx.Graph) -> None:

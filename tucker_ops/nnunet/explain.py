@@ -17,7 +17,7 @@ from tucker_ops.nn import TuckerConv2d, TuckerConv3d, spec_of
 from tucker_ops.nnunet.folder import DEFAULT_CHECKPOINT, Fold, ModelFolder, patch_error, read_model_folder
 from tucker_ops.nnunet.manifest import MANIFEST_NAME, Manifest, read_manifest
 from tucker_ops.nnunet.networks import build_network
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Ranks
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -30,7 +30,7 @@ class LayerExplanation:
     name: str
     spec: ConvSpec
     input_size: tuple[int, ...]
-    ranks: tuple[int, int] | None
+    ranks: Ranks | None
     error: float | None
     reason: str
     backend: str

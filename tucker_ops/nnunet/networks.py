@@ -17,8 +17,10 @@ from torch import nn
 from tucker_ops import convert
 from tucker_ops.errors import ConfigError, TuckerOpsError, UnsupportedArchitectureError
 from tucker_ops.fused import FusedForward
+from tucker_ops.types import Ranks
 
-TUCKER_VERSION = 1
+# Version 1 of the description, for networks without a rank of the taps, is what an older tucker_ops reads.
+VERSIONS = (1, 2)
 
 
 class TuckerPlainConvUNet(FusedForward, PlainConvUNet):
@@ -46,27 +48,23 @@ TUCKER_CLASSES = {"PlainConvUNet": TuckerPlainConvUNet, "ResidualEncoderUNet": T
 
 
 def _substitute(network: nn.Module, tucker: Mapping[str, Any]) -> None:
-    if tucker.get("version") != TUCKER_VERSION:
+    if tucker.get("version") not in VERSIONS:
         raise ConfigError(
-            f"plans.json holds a Tucker description of version {tucker.get('version')}, this "
-            "tucker_ops reads "
-            f"version {TUCKER_VERSION}; install the tucker_ops that wrote the model"
+            f"plans.json holds a Tucker description of version {tucker.get('version')}, this tucker_ops reads "
+            f"versions {VERSIONS[0]} to {VERSIONS[-1]}; install the tucker_ops that wrote the model"
         )
-    convert.substitute(
-        network, {name: (int(r_in), int(r_out)) for name, (r_in, r_out) in tucker["ranks"].items()}
-    )
+    convert.substitute(network, {name: tuple(map(int, ranks)) for name, ranks in tucker["ranks"].items()})
 
 
-def tucker_architecture(
-    architecture: Mapping[str, Any], ranks: Mapping[str, tuple[int, int]]
-) -> dict[str, Any]:
+def tucker_architecture(architecture: Mapping[str, Any], ranks: Mapping[str, Ranks]) -> dict[str, Any]:
     """nnU-Net's architecture block of the same network with factorised layers.
 
-    `ranks` maps layer names to (R_in, R_out). Raises UnsupportedArchitectureError for a network that
-    tucker_ops does not rebuild.
+    `ranks` maps layer names to (R_in, R_out) or (R_in, R_out, R_taps). Raises UnsupportedArchitectureError for a
+    network that tucker_ops does not rebuild.
     """
     cls = TUCKER_CLASSES[check_architecture(architecture["network_class_name"])]
-    tucker = {"version": TUCKER_VERSION, "ranks": {name: list(pair) for name, pair in ranks.items()}}
+    version = max((len(of_layer) - 1 for of_layer in ranks.values()), default=1)
+    tucker = {"version": version, "ranks": {name: list(of_layer) for name, of_layer in ranks.items()}}
     return {
         "network_class_name": f"{cls.__module__}.{cls.__qualname__}",
         "arch_kwargs": {**architecture["arch_kwargs"], "tucker": tucker},

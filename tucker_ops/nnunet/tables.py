@@ -15,7 +15,7 @@ from tucker_ops.backends.autotune import Tuning
 from tucker_ops.convert import Plan
 from tucker_ops.nnunet.explain import LayerExplanation
 from tucker_ops.nnunet.manifest import Manifest
-from tucker_ops.types import ConvSpec, Problem
+from tucker_ops.types import ConvSpec, Problem, Ranks, ranks_text
 
 if TYPE_CHECKING:
     from tucker_ops.backends.triton.tuning import TritonTuning
@@ -95,8 +95,8 @@ def _shape(spec: ConvSpec) -> str:
     return f"{spec.in_channels}{arrow}{spec.out_channels} {'×'.join(map(str, spec.kernel_size))}"
 
 
-def _ranks(ranks: tuple[int, int] | None) -> str:
-    return "{}, {}".format(*ranks) if ranks else "dense"
+def _ranks(ranks: Ranks | None) -> str:
+    return ranks_text(ranks) if ranks else "dense"
 
 
 def _number(error: float | None) -> str:

@@ -46,7 +46,9 @@ def rank_figure(models: Mapping[str, Sequence[Layer]]) -> Figure:
         for row, layer in enumerate(rows):
             if layer.ranks is None:
                 continue
-            for axes, rank, channels in zip((rank_in, rank_out), layer.ranks, layer.channels, strict=True):
+            for axes, rank, channels in zip(
+                (rank_in, rank_out), layer.ranks[:2], layer.channels, strict=True
+            ):
                 axes.barh(row + offset, rank / channels, height=step * 0.9, color=colour)
                 axes.text(rank / channels + 0.015, row + offset, f"{rank}", va="center", fontsize=6.5)
             if layer.error is not None:

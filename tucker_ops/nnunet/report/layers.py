@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from tucker_ops.nnunet.manifest import Manifest
+from tucker_ops.types import Ranks
 
 _SHORT_NAMES = (
     (r"encoder\.stem\.convs\.(\d+)\.conv", r"stem · conv \1"),
@@ -35,7 +36,7 @@ class Layer:
     dense_macs: int
     params: int
     macs: int
-    ranks: tuple[int, int] | None
+    ranks: Ranks | None
     reason: str | None
     error: float | None
 

@@ -11,6 +11,7 @@ import numpy as np
 from tucker_ops.nnunet.compare import Comparison
 from tucker_ops.nnunet.evaluate import Evaluation
 from tucker_ops.nnunet.report.layers import Layer
+from tucker_ops.types import ranks_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -143,7 +144,7 @@ def layer_table(title: str, layers: Sequence[Layer]) -> TextTable:
                 layer.name,
                 kernel,
                 f"{layer.channels[0]} → {layer.channels[1]}",
-                f"{layer.ranks[0]}, {layer.ranks[1]}" if layer.ranks else "dense",
+                ranks_text(layer.ranks) if layer.ranks else "dense",
                 f"{layer.dense_params:,}",
                 f"{layer.params:,}",
                 f"{layer.dense_macs / 1e6:,.1f}",
@@ -156,7 +157,7 @@ def layer_table(title: str, layers: Sequence[Layer]) -> TextTable:
         "layer",
         "kernel /stride",
         "channels",
-        "ranks in, out",
+        "ranks in, out, taps" if any(len(x.ranks or ()) == 3 for x in layers) else "ranks in, out",
         "params",
         "→",
         "MMACs",
