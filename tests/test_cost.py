@@ -19,6 +19,16 @@ def cube(channels_in, channels_out, kernel=3, **changes):
     return ConvSpec(channels_in, channels_out, (kernel,) * 3, **{**fields, **changes})
 
 
+def test_a_rank_of_the_taps_saves_parameters_alone():
+    for transposed in (False, True):
+        spec = cube(40, 48, transposed=transposed, output_padding=(0,) * 3 if transposed else ())
+        for cost in (one_pass_cost, three_conv_cost):
+            pair, three = (cost(spec, ranks, (5, 6, 7)) for ranks in ((16, 24), (16, 24, 9)))
+            assert (three.macs, three.bytes) == (pair.macs, pair.bytes)
+            assert pair.params == 16 * 40 + 16 * 24 * 27 + 24 * 48
+            assert three.params == 16 * 40 + 16 * 24 * 9 + 9 * 27 + 24 * 48
+
+
 # Radiology: Artificial Intelligence 2025, ryai.240353: millions of parameters / fvcore G.
 SIZES = {
     "1.5 mm": {

@@ -131,9 +131,8 @@ def test_a_rank_of_the_taps(kernel, transposed):
     factors = decompose(weight, (6, 7, rank), transposed=transposed)
     assert factors.ranks == (6, 7, rank)
     assert factors.core.shape == ((6, 7) if transposed else (7, 6)) + (rank,)
-    assert factors.u_taps.shape == (rank, *kernel) and factors.u_taps.is_contiguous()
-    flat = factors.u_taps.flatten(1)
-    assert torch.allclose(flat @ flat.T, torch.eye(rank), atol=1e-6)
+    assert factors.u_taps.shape == (rank, taps) and factors.u_taps.is_contiguous()
+    assert torch.allclose(factors.u_taps @ factors.u_taps.T, torch.eye(rank), atol=1e-6)
     assert factors.dense().shape == weight.shape
     assert factors.relative_error == pytest.approx(relative(factors.dense(), weight), rel=1e-9)
     bound = spectrum(weight, transposed=transposed).relative_error((6, 7, rank))
@@ -169,8 +168,7 @@ def test_a_weighted_rank_of_the_taps_is_nearer_in_that_metric():
     errors = [relative(weighted(found.dense().flatten(2)), exact) for found in (aware, plain)]
     assert errors[0] < 0.9 * errors[1], errors
     assert errors[0] <= spectrum(weight, weighting=weighting).relative_error(ranks) + 1e-9
-    flat = aware.u_taps.flatten(1)
-    assert torch.allclose(flat @ flat.T, torch.eye(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(aware.u_taps @ aware.u_taps.T, torch.eye(3, dtype=torch.float64), atol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [(4, 4, 0), (4, 4, 10), (4, 4, 2.5), (4, 4, 2, 2), (4, 4, "a")])
@@ -215,6 +213,12 @@ def test_spectrum_is_the_error_of_the_truncated_hosvd(transposed):
         assert found.relative_error(ranks) == pytest.approx(expected, abs=1e-7)
         assert float(squared[tuple(r - 1 for r in ranks)]) == pytest.approx(expected**2, abs=1e-12)
     assert found.relative_error((3, 4)) == found.relative_error((3, 4, 6))
+    channels = found.without_taps()
+    assert channels.relative_error((3, 4)) == pytest.approx(found.relative_error((3, 4)), rel=1e-12)
+    assert torch.allclose(channels.squared_errors()[..., 0], squared[..., -1])
+    assert all(map(torch.allclose, channels.share_kept(), found.share_kept()))
+    with pytest.raises(RankError, match="summed"):
+        channels.relative_error((3, 4, 6))
 
 
 def test_share_kept_is_that_of_the_singular_values():

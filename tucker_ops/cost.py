@@ -88,18 +88,19 @@ def one_pass_cost(
     """Cost of the factorised convolution with both intermediates kept out of memory.
 
     ranks is (R_in, R_out). The halo that tiles compute twice depends on the kernel and is left out. A third rank, of
-    the taps, saves parameters alone: the core is multiplied out once, and then convolves as without it.
+    the taps, saves parameters alone: the core that convolves is multiplied out before, which is left out too.
     """
     voxels = _voxels(spec, input_size)
     rank_in, rank_out = ranks[:2]
     reduce = spec.in_channels * rank_in
-    core = rank_in * rank_out * math.prod(spec.kernel_size)
+    core = core_params(spec, rank_in, rank_out)
     expand = rank_out * spec.out_channels
-    params = reduce + core_params(spec, *ranks) + expand + (spec.out_channels if spec.bias else 0)
+    read = reduce + core + expand + (spec.out_channels if spec.bias else 0)
     positions = voxels.input if spec.transposed else voxels.output
     macs = batch * (voxels.input * reduce + positions * core + voxels.output * expand)
     activations = voxels.input * spec.in_channels + voxels.output * spec.out_channels
-    return Cost(params, macs, itemsize * (batch * activations + params))
+    params = read - core + core_params(spec, *ranks)
+    return Cost(params, macs, itemsize * (batch * activations + read))
 
 
 def three_conv_cost(

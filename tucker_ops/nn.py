@@ -70,13 +70,11 @@ def _ints(values: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
-def spatial_core(core: Tensor, u_taps: Tensor | None) -> Tensor:
-    """The core [*, *, *kernel] that convolves, of a core [*, *, R_taps] and u_taps [R_taps, *kernel].
+def spatial_core(core: Tensor, u_taps: Tensor, kernel_size: Sequence[int]) -> Tensor:
+    """The core [*, *, *kernel] that convolves, of a core [*, *, R_taps] and u_taps [R_taps, taps].
 
-    Without u_taps the core itself. Half precision is multiplied out in float32 and rounded once.
+    Half precision is multiplied out in float32 and rounded once.
     """
-    if u_taps is None:
-        return core
     wide = torch.float64 if core.dtype == torch.float64 else torch.float32
     device = core.device.type
     # The meta device, on which sizes are found, has no autocast to switch off.
@@ -84,15 +82,15 @@ def spatial_core(core: Tensor, u_taps: Tensor | None) -> Tensor:
         torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     )
     with exact:
-        product = core.to(wide) @ u_taps.to(wide).flatten(1)
-    return product.to(core.dtype).reshape(*core.shape[:2], *u_taps.shape[1:])
+        product = core.to(wide) @ u_taps.to(wide)
+    return product.to(core.dtype).reshape(*core.shape[:2], *kernel_size)
 
 
 class _TuckerConv(nn.Module):
     """Parameters u_in [R_in, C_in], core, u_taps or None, u_out [C_out, R_out] and bias [C_out] or None.
 
     core is [R_out, R_in, *kernel], transposed [R_in, R_out, *kernel]; with a rank of the taps its last axis is R_taps
-    and u_taps is [R_taps, *kernel].
+    and u_taps is [R_taps, taps].
     """
 
     ndim: int
@@ -113,7 +111,8 @@ class _TuckerConv(nn.Module):
 
         register("u_in", rank_in, spec.in_channels)
         register("core", *leading, *(rank_taps or spec.kernel_size))
-        register("u_taps", *rank_taps, *spec.kernel_size, given=bool(rank_taps))
+        # Flat: a tensor of four dimensions in a 3D network could not be converted to channels-last.
+        register("u_taps", *rank_taps, math.prod(spec.kernel_size), given=bool(rank_taps))
         register("u_out", spec.out_channels, rank_out)
         register("bias", spec.out_channels, given=spec.bias)
         self.reset_parameters()
@@ -139,7 +138,7 @@ class _TuckerConv(nn.Module):
     @property
     def spatial_core(self) -> Tensor:
         """The core with which the op convolves: [R_out, R_in, *kernel], transposed [R_in, R_out, *kernel]."""
-        return spatial_core(self.core, self.u_taps)
+        return self.core if self.u_taps is None else spatial_core(self.core, self.u_taps, self.kernel_size)
 
     @property
     def spec(self) -> ConvSpec:
@@ -225,7 +224,9 @@ class _TuckerConv(nn.Module):
         )
         formula = "si,sr...,or->io..." if self.transposed else "or,rs...,si->oi..."
         with torch.no_grad():
-            core = spatial_core(self.core.double(), None if self.u_taps is None else self.u_taps.double())
+            core = self.core.double()
+            if self.u_taps is not None:
+                core = spatial_core(core, self.u_taps.double(), self.kernel_size)
             u_in, u_out = self.u_in.double(), self.u_out.double()
             factors = (u_in, core, u_out) if self.transposed else (u_out, core, u_in)
             weight = torch.einsum(formula, *factors).to(self.core)
@@ -353,7 +354,7 @@ class TuckerConv2d(_Forward):
     """torch.nn.Conv2d with its kernel in Tucker-2 form; input [N, C_in, H, W]. See `tucker_ops.tucker_conv`.
 
     ``ranks`` is (R_in, R_out), each between 1 and its number of channels, or (R_in, R_out, R_taps), R_taps between 1
-    and the number of taps: fewer parameters, the same arithmetic. Raises RankError otherwise.
+    and the number of taps: fewer parameters, the same convolutions. Raises RankError otherwise.
     """
 
     ndim = 2
@@ -363,7 +364,7 @@ class TuckerConv3d(_Forward):
     """torch.nn.Conv3d with its kernel in Tucker-2 form; input [N, C_in, D, H, W]. See `tucker_ops.tucker_conv`.
 
     ``ranks`` is (R_in, R_out), each between 1 and its number of channels, or (R_in, R_out, R_taps), R_taps between 1
-    and the number of taps: fewer parameters, the same arithmetic. Raises RankError otherwise.
+    and the number of taps: fewer parameters, the same convolutions. Raises RankError otherwise.
     """
 
     ndim = 3

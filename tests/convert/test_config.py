@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -34,7 +35,7 @@ def test_defaults():
         ({"align": True}, "align"),
         ({"rounding": "floor"}, "'floor'"),
         ({"skip_heads": 1}, "skip_heads"),
-        ({"params": 0.3, "tap_ranks": 1}, "tap_ranks must be True or False"),
+        ({"params": 0.3, "tap_ranks": 1}, "tap_ranks must be True, False or None"),
         ({"macs": 0.3, "tap_ranks": True}, "goes with params=, not macs="),
         ({"exclude": "decoder.*"}, "exclude"),
         ({"exclude": (1,)}, "exclude"),
@@ -46,14 +47,20 @@ def test_refuses(arguments, message):
 
 
 def test_ranks_of_the_taps_go_with_a_budget_of_parameters():
-    assert CompressionConfig(params=0.3).tap_ranks is True
-    assert CompressionConfig(params=0.3, tap_ranks=False).tap_ranks is False
-    assert [CompressionConfig(**{p: 0.5}).tap_ranks for p in ("factor", "energy", "macs")] == [False] * 3
+    assert CompressionConfig(params=0.3).gives_tap_ranks
+    assert CompressionConfig(params=0.3, tap_ranks=True).gives_tap_ranks
+    assert not CompressionConfig(params=0.3, tap_ranks=False).gives_tap_ranks
+    assert not any(CompressionConfig(**{p: 0.5}).gives_tap_ranks for p in ("factor", "energy", "macs"))
+    assert dataclasses.replace(CompressionConfig(params=0.3), params=None, macs=0.5).policy == "macs"
+    assert dataclasses.replace(CompressionConfig(macs=0.3), macs=None, params=0.5).gives_tap_ranks
     # What wrote version 1 knew none.
     old = CompressionConfig(params=0.3).to_dict() | {"version": 1}
     del old["tap_ranks"]
     assert CompressionConfig.from_dict(old) == CompressionConfig(params=0.3, tap_ranks=False)
-    assert CompressionConfig.from_dict({"version": 2, "params": 0.3}).tap_ranks is True
+    assert CompressionConfig.from_dict({"version": 2, "params": 0.3}).gives_tap_ranks
+    old = CompressionConfig(macs=0.3).to_dict() | {"version": 1}
+    del old["tap_ranks"]
+    assert CompressionConfig.from_dict(old) == CompressionConfig(macs=0.3)
 
 
 @pytest.mark.parametrize(

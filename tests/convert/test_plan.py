@@ -13,7 +13,7 @@ import torch
 from small_networks import BatchNorm2d, nnunet, residual, snapshot
 from torch import nn
 
-from tucker_ops.convert import CompressionConfig, Plan, apply, plan
+from tucker_ops.convert import CompressionConfig, Plan, apply, plan, policy
 from tucker_ops.cost import dense_cost, one_pass_cost
 from tucker_ops.errors import ConfigError, ConversionError
 
@@ -250,6 +250,17 @@ def test_a_rank_of_the_taps_saves_parameters_for_those_of_the_channels():
     converted = apply(model, decided)
     assert sum(p.numel() for p in converted.parameters()) == decided.compressed.params
     assert converted.get_submodule(name).ranks == ranks
+
+
+def test_what_no_budget_would_take_is_thrown_out(monkeypatch):
+    model = smooth(fade(nnunet((16, 32, 64))))
+    config = CompressionConfig(params=0.15, align=2, min_rank=2)
+    expected = plan(model, config)
+    # In any number of goes, or not at all, the ranks are the same.
+    monkeypatch.setattr(policy, "MOST_CHOICES", 100)
+    assert plan(model, config) == expected
+    monkeypatch.setattr(policy, "_undominated", lambda *lists: lists)
+    assert plan(model, config).ranks == expected.ranks
 
 
 def test_an_absolute_budget_is_the_fraction_it_makes():

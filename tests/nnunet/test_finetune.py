@@ -36,6 +36,8 @@ from tucker_ops.nnunet.training import FinetuneSettings, TrainingSet, finetune_f
 from tucker_ops.nnunet.training.distillation import distillation_loss, feature_loss
 
 SMALL = CompressionConfig(params=0.4, min_rank=4, align=4)
+# Few enough parameters for ranks of the taps.
+TAPS = CompressionConfig(params=0.15, min_rank=4, align=4)
 QUICK = FinetuneSettings(steps=4, steps_per_epoch=2, batch_size=2, precision="fp32")
 
 
@@ -77,11 +79,14 @@ def network(folder):
     return built.eval()
 
 
-@pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
-@pytest.mark.parametrize("ndim", [2, 3])
-def test_both_networks_in_2d_and_3d(tmp_path, images, labels, kind, ndim):
+@pytest.mark.parametrize(
+    ("kind", "ndim", "config"),
+    [(kind, ndim, SMALL) for kind in ("PlainConvUNet", "ResidualEncoderUNet") for ndim in (2, 3)]
+    + [(kind, 3, TAPS) for kind in ("PlainConvUNet", "ResidualEncoderUNet")],
+)
+def test_both_networks_in_2d_and_3d(tmp_path, images, labels, kind, ndim, config):
     dense = make_model(tmp_path / "dense", network=kind, ndim=ndim)
-    compress_folder(dense, tmp_path / "small", SMALL)
+    compress_folder(dense, tmp_path / "small", config)
     before = weights(tmp_path / "small")
     summary = finetune_folder(
         tmp_path / "small",
@@ -95,7 +100,7 @@ def test_both_networks_in_2d_and_3d(tmp_path, images, labels, kind, ndim):
     changed = [name for name in after if not torch.equal(after[name], before[name])]
     assert {name: w.dtype for name, w in after.items()} == {name: w.dtype for name, w in before.items()}
     # Heads are trained on from where they were, as everything else.
-    for part in ("u_in", "core", "u_out", "norm", "seg_layers"):
+    for part in ("u_in", "core", "u_out", "norm", "seg_layers", *(["u_taps"] if config is TAPS else [])):
         assert any(part in name for name in changed), part
     heads = [name for name in after if "seg_layers" in name and name.endswith("weight")]
     assert all(F.cosine_similarity(after[n].flatten(), before[n].flatten(), dim=0) > 0.99 for n in heads)

@@ -16,6 +16,7 @@ from tucker_ops.convert.refine import distance
 from tucker_ops.errors import ConfigError, ImageError, ResumeError
 from tucker_ops.nnunet import calibration, refinement
 from tucker_ops.nnunet.calibration import CalibrationPatches, CalibrationSet
+from tucker_ops.nnunet.checkpoint import read_checkpoint
 from tucker_ops.nnunet.compress import compress_folder, load_network
 from tucker_ops.nnunet.folder import read_model_folder
 from tucker_ops.nnunet.manifest import read_manifest
@@ -66,16 +67,21 @@ def test_a_trained_model_loses_far_less(tmp_path, hippocampus, repo_root):
     images = repo_root / "examples" / "hippocampus" / "images"
     data = CalibrationSet(images, patches=4)
     config = CompressionConfig(params=0.03)
-    outcomes = compress_folder(
-        hippocampus,
-        tmp_path / "out",
-        config,
-        dtype=torch.float32,
-        calibrate=data,
-        refine=Refinement(data, 15),
-    ).refinement["folds"]
-    (outcome,) = outcomes.values()
+    made = [
+        compress_folder(
+            hippocampus, tmp_path / name, config, dtype=torch.float32, calibrate=data, refine=refine
+        )
+        for name, refine in (("out", Refinement(data, 15)), ("plain", None))
+    ]
+    (outcome,) = made[0].refinement["folds"].values()
     assert outcome["after"] < 0.5 * outcome["before"]
+    # Layers with a rank of the taps learn in that too.
+    weights = [
+        read_checkpoint(tmp_path / name / "fold_0" / "checkpoint_final.pth")["network_weights"]
+        for name in ("out", "plain")
+    ]
+    taps = [name for name in weights[0] if name.endswith("u_taps")]
+    assert taps and not any(torch.equal(*(w[name] for w in weights)) for name in taps)
 
 
 def test_mirrorings():

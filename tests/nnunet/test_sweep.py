@@ -137,6 +137,23 @@ def test_command_line_and_refusals(tmp_path, tiny_model, images, shell):  # noqa
     )
     assert code == 0, err
     assert "params 0.5" in out and "Pareto" in out and (tmp_path / "o" / "sweep.png").is_file()
+    code, out, err = shell(
+        "sweep",
+        tiny_model,
+        "-o",
+        tmp_path / "o",
+        "--images",
+        images,
+        "--params",
+        "0.2",
+        "--no-tap-ranks",
+        *small,
+    )
+    assert code == 0 and "no tap ranks" in " ".join(out.split()), err
+    code, _, err = shell(
+        "sweep", tiny_model, "-o", tmp_path / "p", "--images", images, "--macs", "0.5", "--no-tap-ranks"
+    )
+    assert code == 2 and "--no-tap-ranks is about --params" in " ".join(err.split())
     code, _, err = shell("sweep", tiny_model, "-o", tmp_path / "p", "--images", images, "--params", "half")
     assert code == 2 and "numbers with commas" in err
     with pytest.raises(ConfigError, match="budgets that differ"):

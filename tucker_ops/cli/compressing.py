@@ -26,6 +26,7 @@ from tucker_ops.cli.options import (
     calibration_set,
     gate_of,
     refinement_of,
+    tap_ranks_of,
 )
 from tucker_ops.cli.terminal import case_progress, console
 from tucker_ops.errors import ConfigError
@@ -156,7 +157,7 @@ def compress(
             **(budget or ({"macs": 0.5} if calibrate else {"factor": 0.5})),
             min_rank=min_rank,
             align=align,
-            tap_ranks=False if no_tap_ranks else None,
+            tap_ranks=tap_ranks_of(no_tap_ranks, params),
             skip_transposed=skip_transposed,
             only_if_cheaper=not keep_expensive,
         )
@@ -256,7 +257,7 @@ def sweep(
             **{policy: value},
             min_rank=min_rank,
             align=align,
-            tap_ranks=False if no_tap_ranks else None,
+            tap_ranks=tap_ranks_of(no_tap_ranks, params),
         )
         for policy, text in asked.items()
         for value in _numbers(policy, text)

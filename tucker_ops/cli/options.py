@@ -77,6 +77,15 @@ RefineOption = Annotated[
 ]
 
 
+def tap_ranks_of(without: bool, params: float | str | None) -> bool | None:
+    """What --no-tap-ranks asks for, as `CompressionConfig` takes it."""
+    if without and params is None:
+        raise ConfigError(
+            "--no-tap-ranks is about --params, without which no layer gets such a rank; leave it out"
+        )
+    return False if without else None
+
+
 def gate_of(max_drop: float | None, max_class_drop: float | None) -> Gate | None:
     """The gate that either option asks for, None where neither does."""
     from tucker_ops.nnunet.compare import Gate

@@ -78,16 +78,16 @@ class CompressionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.tap_ranks is None:
-            object.__setattr__(self, "tap_ranks", self.policy == "params")
-        elif self.tap_ranks is True and self.policy != "params":
+        if self.tap_ranks is True and self.policy != "params":
             raise ConfigError(
                 f"tap_ranks saves parameters and nothing else, so it goes with params=, not {self.policy}=; leave it "
                 "out"
             )
         if self.rounding not in ("nearest", "ceil"):
             raise ConfigError(f"rounding must be 'nearest' or 'ceil', got {self.rounding!r}")
-        for name in ("tap_ranks", "only_if_cheaper", "skip_transposed", "skip_first", "skip_heads"):
+        if self.tap_ranks is not None and not isinstance(self.tap_ranks, bool):
+            raise ConfigError(f"tap_ranks must be True, False or None, got {self.tap_ranks!r}")
+        for name in ("only_if_cheaper", "skip_transposed", "skip_first", "skip_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if isinstance(self.exclude, str) or not all(isinstance(p, str) for p in self.exclude):
@@ -106,6 +106,11 @@ class CompressionConfig:
         """The one of "factor", "energy", "params", "macs" and "latency_ms" that is set."""
         return next(name for name in POLICIES if getattr(self, name) is not None)
 
+    @property
+    def gives_tap_ranks(self) -> bool:
+        """Whether layers may get a rank of their kernel's taps."""
+        return self.policy == "params" and self.tap_ranks is not False
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the format's version."""
         return {"version": VERSION, **asdict(self), "exclude": list(self.exclude)}
@@ -119,7 +124,7 @@ class CompressionConfig:
         values = dict(data)
         version = values.pop("version", None)
         check_version("compression config", version, VERSION)
-        if version == 1:
+        if version == 1 and values.get("params") is not None:
             values.setdefault("tap_ranks", False)
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:

@@ -199,7 +199,7 @@ def plan(
 
     weightings = {} if calibration is None else _weightings(calibration, layers)
     spectra = {
-        name: _spectrum(name, convs[name], weightings.get(name))
+        name: _spectrum(name, convs[name], weightings.get(name), config.gives_tap_ranks)
         for name, layer in layers.items()
         if layer.reason is None
     }
@@ -288,13 +288,14 @@ def _use(
     )
 
 
-def _spectrum(name: str, conv: nn.Module, weighting: Weighting | None) -> Spectrum | None:
+def _spectrum(name: str, conv: nn.Module, weighting: Weighting | None, taps: bool) -> Spectrum | None:
     if conv.weight.is_meta:
         return None
     try:
-        return spectrum(conv.weight, transposed=conv.transposed, weighting=weighting)
+        found = spectrum(conv.weight, transposed=conv.transposed, weighting=weighting)
     except TuckerOpsError as error:
         raise type(error)(f"{name or type(conv).__name__}: {error}") from None
+    return found if taps else found.without_taps()
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:

@@ -21,6 +21,8 @@ from tucker_ops.types import Ranks
 if TYPE_CHECKING:
     from tucker_ops.convert.plan import LayerPlan
 
+# Choices of one layer beyond which those that no budget would take are thrown out before more are listed.
+MOST_CHOICES = 100_000
 CostOf = Callable[[str, Ranks], Cost]
 # Milliseconds that a layer takes at ranks, or dense (None), all its runs of one forward pass together.
 LatencyOf = Callable[[str, Ranks | None], float]
@@ -127,10 +129,10 @@ def _by_budget(
             "layers that stay dense; ask for at least that, or lower min_rank"
         )
     chosen: dict[str, Ranks | str] = {}
-    for (name, pairs), index in zip(choices.items(), picked, strict=True):
-        if pairs[index] is not None:
-            chosen[name] = pairs[index]
-        elif len(pairs) == 1:
+    for (name, ranks), index in zip(choices.items(), picked, strict=True):
+        if ranks[index] is not None:
+            chosen[name] = ranks[index]
+        elif len(ranks) == 1:
             chosen[name] = f"not cheaper at any ranks from {config.min_rank} up"
         else:
             chosen[name] = f"the budget of {unit}={asked:g} leaves room for it"
@@ -167,16 +169,31 @@ def _options(
             choices.append(ranks)
             cost.append(price(ranks))
             error.append(float(errors[-1]))
-        if config.tap_ranks:
+        if config.gives_tap_ranks:
             taps, params = _tap_ranks(layer, of_layer, ranks, config)
-            choices += [(*ranks, int(r)) for r in taps]
+            choices += [(*ranks, rank) for rank in taps.tolist()]
             cost += params.tolist()
             error += errors[taps - 1].tolist()
+            if len(choices) > MOST_CHOICES:
+                choices, cost, error = _undominated(choices, cost, error)
     if config.only_if_cheaper:
         choices.append(None)
         cost.append(price(None))
         error.append(0.0)
+    if config.gives_tap_ranks:
+        choices, cost, error = _undominated(choices, cost, error)
     return choices, Options(np.array(cost, dtype=np.float64), np.array(error))
+
+
+def _undominated(
+    choices: list[Ranks | None], cost: list[float], error: list[float]
+) -> tuple[list[Ranks | None], list[float], list[float]]:
+    """Those beside which none costs as little and errs less; `allocate` takes no other."""
+    order = np.lexsort((error, cost))
+    errors = np.array(error)[order]
+    best_before = np.minimum.accumulate(np.concatenate([[np.inf], errors[:-1]]))
+    kept = order[errors < best_before]
+    return tuple([values[i] for i in kept] for values in (choices, cost, error))
 
 
 def _tap_ranks(

@@ -1,4 +1,4 @@
-"""Tucker-2 decomposition of convolution kernels, and the choice of ranks. Knows tensors, not modules."""
+"""Tucker decomposition of convolution kernels, and the choice of ranks. Knows tensors, not modules."""
 
 from tucker_ops.decompose.factors import TuckerFactors, decompose
 from tucker_ops.decompose.spectrum import Spectrum, spectrum

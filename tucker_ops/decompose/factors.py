@@ -23,7 +23,7 @@ class TuckerFactors:
 
     u_in [R_in, C_in] and u_out [C_out, R_out] are orthonormal (before rounding to the dtype); core is
     [R_out, R_in, *kernel], or [R_in, R_out, *kernel] if ``transposed``. With a rank of the taps the core's last axis
-    is R_taps, and u_taps [R_taps, *kernel], orthonormal too, makes the kernel of it. ``relative_error`` is
+    is R_taps, and u_taps [R_taps, taps], orthonormal too, makes taps of it, of ``kernel_size``. ``relative_error`` is
     ||W - Ŵ|| / ||W|| (Frobenius, float64) of these very factors, rounding included; 0 for an all-zero kernel.
     """
 
@@ -33,6 +33,7 @@ class TuckerFactors:
     relative_error: float
     transposed: bool = False
     u_taps: Tensor | None = None
+    kernel_size: tuple[int, ...] = ()
 
     @property
     def ranks(self) -> Ranks:
@@ -45,7 +46,7 @@ class TuckerFactors:
         formula = "ro,rs...,si->oi..."
         core = self.core.double()
         if self.u_taps is not None:
-            core = torch.tensordot(core, self.u_taps.double(), 1)
+            core = (core @ self.u_taps.double()).reshape(*core.shape[:2], *self.kernel_size)
         if self.transposed:
             formula, core = "ro,rs...,si->io...", core.transpose(0, 1)
         return torch.einsum(formula, self.u_out.double().T, core, self.u_in.double())
@@ -99,7 +100,8 @@ def decompose(
         u_out=u_out.contiguous().to(**like),
         relative_error=0.0,
         transposed=transposed,
-        u_taps=u_taps[0].T.reshape(*rank_taps, *weight.shape[2:]).contiguous().to(**like) if u_taps else None,
+        u_taps=u_taps[0].T.contiguous().to(**like) if u_taps else None,
+        kernel_size=tuple(weight.shape[2:]),
     )
     if scale == 0:
         return factors

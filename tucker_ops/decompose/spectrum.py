@@ -1,4 +1,4 @@
-"""The truncation error of a kernel at every pair of ranks, from one full HOSVD."""
+"""The truncation error of a kernel at all ranks, from one full HOSVD."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tucker_ops.decompose.kernel import as_out_in_taps
 from tucker_ops.decompose.weighting import Weighting, weighted_kernel
+from tucker_ops.errors import RankError
 from tucker_ops.types import Ranks
 
 
@@ -20,10 +21,16 @@ class Spectrum:
     (R_in, R_out), or (R_in, R_out, R_taps), keeps the leading block, and because all factors are orthonormal the
     squared error is exactly the energy outside of it. HOOI only improves on that. Of a weighted kernel all errors are
     those in the weighted norm, and ``nats`` is what losing the whole kernel would cost (see `Weighting`); else None.
+    ``taps_summed``: the last axis is one long, the sum over the taps, of which no rank can then be judged.
     """
 
     energy: Tensor
     nats: float | None = None
+    taps_summed: bool = False
+
+    def without_taps(self) -> Spectrum:
+        """The same of the channels alone, which is as many times smaller as a kernel has taps."""
+        return Spectrum(self.energy.sum(-1, keepdim=True), self.nats, taps_summed=True)
 
     def share_kept(self) -> tuple[Tensor, Tensor]:
         """Cumulative share of the squared singular values per mode: ([C_in], [C_out]), rising to 1."""
@@ -43,6 +50,10 @@ class Spectrum:
     def relative_error(self, ranks: Ranks) -> float:
         """||W - Ŵ|| / ||W|| of the truncated HOSVD at ranks (R_in, R_out) or (R_in, R_out, R_taps)."""
         rank_in, rank_out, *rank_taps = ranks
+        if rank_taps and self.taps_summed:
+            raise RankError(
+                f"ranks {ranks} name one of the taps, which this spectrum has summed; use spectrum()'s"
+            )
         total = float(self.energy.sum())
         if total == 0:
             return 0.0
@@ -68,7 +79,7 @@ def spectrum(weight: Tensor, *, transposed: bool = False, weighting: Weighting |
     u_in = _left_singular_vectors(kernel.transpose(0, 1).flatten(1))
     core = torch.einsum("oik,ir->rok", kernel, u_in)
     core = torch.einsum("rok,os->rsk", core, u_out)
-    # On the left of the rotated core, which has the same Gram matrix of the taps.
+    # Turning the channels leaves the Gram matrix of the taps as it was, so the turned core gives their vectors too.
     core = core @ _left_singular_vectors(core.flatten(0, 1).T)
     return Spectrum(core.square_(), nats)
 

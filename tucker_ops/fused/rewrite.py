@@ -159,7 +159,10 @@ class Rewriter:
     def spatial_core(self, target: str) -> fx.Node:
         """The core with which a factorised layer convolves, as `weight`: multiplied out before it is rounded."""
         core, u_taps = (self.attribute(target, name) for name in ("core", "u_taps"))
-        return self.in_block_dtype(core if u_taps is None else self.product(spatial_core, core, u_taps))
+        if u_taps is not None:
+            kernel_size = self.model.get_submodule(target).kernel_size
+            core = self.product(spatial_core, core, u_taps, kernel_size)
+        return self.in_block_dtype(core)
 
     def in_block_dtype(self, weight: fx.Node | None) -> fx.Node | None:
         if weight is None or self.dtype is None:

@@ -125,7 +125,7 @@ def _tucker_weights(node: fx.Node, conv: nn.Module, graph: fx.Graph) -> list[fx.
     """u_in, the core that convolves, u_out and bias."""
     u_in, core, u_taps, u_out, bias = _attributes(node, conv, graph, _WEIGHTS)
     if u_taps is not None:
-        core = graph.call_function(spatial_core, (core, u_taps))
+        core = graph.call_function(spatial_core, (core, u_taps, conv.kernel_size))
     return [u_in, core, u_out, bias]
 
 

@@ -21,10 +21,9 @@ from tucker_ops.cost import Voxels, one_pass_cost
 from tucker_ops.errors import ConfigError
 from tucker_ops.fused import fuse
 from tucker_ops.nn import tucker_module
-from tucker_ops.types import ConvSpec
+from tucker_ops.types import ConvSpec, Ranks
 
 Progress = Callable[[str, int, int], None]
-Ranks = tuple[int, int]
 
 # How far from what was asked the measured time may lie, and how often it is tried to come nearer.
 TOLERANCE = 0.05

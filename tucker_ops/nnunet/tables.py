@@ -84,7 +84,8 @@ def explanation_table(layers: Sequence[LayerExplanation]) -> Group:
 
 def _table(*numbers: str) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("layer", no_wrap=True)
+    # In a narrow terminal names take a second line, so that no figure is cut.
+    table.add_column("layer", overflow="fold")
     for name in ("shape", "ranks", *numbers):
         table.add_column(name, justify="right", no_wrap=True)
     return table

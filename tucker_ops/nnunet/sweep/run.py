@@ -106,7 +106,7 @@ def _name(config: CompressionConfig) -> str:
     ranks = (
         "" if (config.min_rank, config.align) == (8, 8) else f", ranks {config.min_rank} by {config.align}"
     )
-    if config.policy == "params" and not config.tap_ranks:
+    if config.tap_ranks is False:
         ranks += ", no tap ranks"
     return f"{config.policy} {value}{ranks}"
 
