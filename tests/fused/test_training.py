@@ -63,6 +63,14 @@ def test_outputs_and_gradients_match_float64(name, form):
         assert error <= max(LIMITS[torch.float32] * size[name], rounding), name
 
 
+def test_convolutions_without_a_bias_are_joined_too():
+    def joined(name):
+        graph = executor._train_form(fuse(made(name, True)[0]).train()).module.graph
+        return sum(node.target is norm_act_conv for node in graph.nodes)
+
+    assert joined("no-bias") == joined("plain") > 0
+
+
 def test_gradcheck_of_norm_and_convolution_first_and_second_order():
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 2, 3, 4, 3), (2,), (2,), (2, 2), (2, 2, 2, 3, 1), (3, 2), (3,))

@@ -201,13 +201,19 @@ def test_command_line(tmp_path, tiny_model, images, shell):  # noqa: F811
     assert not (tmp_path / "c").exists() and "nats" in out
 
 
-def test_calibration_loses_less(hippocampus, repo_root, tmp_path):
+@pytest.mark.parametrize(
+    ("patches", "tap_ranks", "agrees"),
+    # Ranks of the taps ask for more patches (bench/results/NOTES.md): here for as many as are drawn unasked.
+    [(6, False, 0.97), (CalibrationSet.patches, None, 0.98)],
+    ids=["few patches, two ranks", "defaults"],
+)
+def test_calibration_loses_less(hippocampus, repo_root, tmp_path, patches, tap_ranks, agrees):
     """The shipped model on shipped volumes: three are calibrated on, the others judged; an eighth of the parameters."""
     images = repo_root / "examples" / "hippocampus" / "images"
     names = sorted(p.name.removesuffix("_0000.nii.gz") for p in images.iterdir())
     assert len(names) == 10
-    config = CompressionConfig(params=0.122)
-    calibrated = CalibrationSet(images, cases=tuple(names[:3]))
+    config = CompressionConfig(params=0.122, tap_ranks=tap_ranks)
+    calibrated = CalibrationSet(images, cases=tuple(names[:3]), patches=patches)
     drops = {}
     for name, data in (("plain", None), ("calibrated", calibrated)):
         compress_folder(hippocampus, tmp_path / name, config, calibrate=data)
@@ -228,4 +234,4 @@ def test_calibration_loses_less(hippocampus, repo_root, tmp_path):
     assert drops["calibrated"] <= 0.004
     assert drops["calibrated"] < 0.5 * drops["plain"]
     agreement = evaluate_folder(tmp_path / "pred_calibrated", tmp_path / "pred_dense").mean
-    assert agreement > 0.98
+    assert agreement > agrees

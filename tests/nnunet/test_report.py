@@ -29,6 +29,7 @@ from tucker_ops.nnunet.report.page import Section, render_page
 from tucker_ops.nnunet.report.speed import ForwardTime, measure_forward
 from tucker_ops.nnunet.report.tables import TextTable, layer_table
 from tucker_ops.nnunet.segmentations import read_dataset
+from tucker_ops.nnunet.tables import plan_table
 from tucker_ops.types import ConvSpec
 
 CUBE, ONES, ZEROS = (3, 3, 3), (1, 1, 1), (0, 0, 0)
@@ -287,6 +288,18 @@ def test_a_rank_of_the_taps_is_shown():
     )
     assert [row[3] for row in table.rows] == ["dense", "16, 16, 9", "32, 16"]
     assert rank_figure({"taps": rows}).axes
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_of_layers_cut_no_figure(width):
+    made = layer("encoder.stages.0.0.convs.0.conv", (320, 320), (120, 136, 14))
+    spent = replace(made, tucker=Cost(1_234_567, 12_345_678_901, 0), expected_loss=0.125)
+    plan = Plan(CompressionConfig(params=0.5), (1, 1, 8, 8, 8), (spent,), 10**7, calibration="x")
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(plan_table(plan))
+    for figure in ("320→320 3×3×3", "120, 136, 14", "1,234,567", "12,346", "0.125"):
+        assert figure in stream.getvalue()
+    assert "…" not in stream.getvalue()
 
 
 def test_names_of_many_layers_stay_apart():

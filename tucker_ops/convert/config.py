@@ -78,15 +78,15 @@ class CompressionConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.tap_ranks is True and self.policy != "params":
+        if self.tap_ranks is not None and not isinstance(self.tap_ranks, bool):
+            raise ConfigError(f"tap_ranks must be True, False or None, got {self.tap_ranks!r}")
+        if self.tap_ranks and self.policy != "params":
             raise ConfigError(
                 f"tap_ranks saves parameters and nothing else, so it goes with params=, not {self.policy}=; leave it "
                 "out"
             )
         if self.rounding not in ("nearest", "ceil"):
             raise ConfigError(f"rounding must be 'nearest' or 'ceil', got {self.rounding!r}")
-        if self.tap_ranks is not None and not isinstance(self.tap_ranks, bool):
-            raise ConfigError(f"tap_ranks must be True, False or None, got {self.tap_ranks!r}")
         for name in ("only_if_cheaper", "skip_transposed", "skip_first", "skip_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
