@@ -101,9 +101,9 @@ def rows():
     ct |= {"halves": {"second": half, "first": half | {"mean": 0.95, "worst_voxels": 32}}}
     return [
         hippocampus | size | {"policy": "dense", "of_dense": 1.0},
-        hippocampus | size | {"policy": "calibrated"} | compared,
+        hippocampus | size | {"policy": "calibrated", "refined_in": ["bf16"]} | compared,
         hippocampus | size | {"policy": "calibrated", "steps": 200, "precision": BF16} | compared,
-        {"data": "ct", "policy": "weber2024"} | size | ct,
+        {"data": "ct", "policy": "weber2024", "refined_in": ["bf16", "fp32"]} | size | ct,
         {"data": "ct", "policy": "weber2024"} | size | ct | once,
         {"data": "latency", "asked_ms": 80.0, "planned_ms": 82.0, "again_ms": 84.0, "dense_ms": 160.0} | size,
     ]
@@ -117,7 +117,8 @@ def test_page_plot_and_rows(tmp_path, monkeypatch):
     )
     assert "| 0.3 | weber2024 |  | 12.3% | 20.0% | 0.9700 | 0.9000 |" in text and "; 12 minutes." in text
     assert "commit abc, some (avx2), 2 cores, torch 2;" in text
-    assert f"Fine-tuning ran in {BF16}. All else ran in fp32." in text
+    refining = "Steps of refining ran in bf16 (rows: 2) and fp32 (rows: 1)."
+    assert f"Fine-tuning ran in {BF16}. {refining} All else ran in fp32." in text
     resumed = output.markdown(rows(), about, {"steps": 200}, 12.4, resumed=True)
     assert "resumed, its longer steps took 12 minutes" in resumed
     assert "| 0.9800 | 0.9750 | 0.8123 |\n" in text and "| 0.9800 |  |  |\n" in text

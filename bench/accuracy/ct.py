@@ -140,9 +140,7 @@ class CT(Part):
 
     def _row(self, factor: float, variant: Variant, seen: Mapping[str, Seen]) -> dict[str, Any]:
         name = f"ct-{factor}-{variant.slug}"
-        # Five minutes each are left out at budgets of MACs, where the models are far from usable.
-        both_ways = variant.calibrated and not (variant.refined and variant.config.macs)
-        names = {"first": name} | ({"second": f"{name}-second"} if both_ways else {})
+        names = {"first": name} | ({"second": f"{name}-second"} if variant.calibrated else {})
         swapped = names.get("second", None if variant.calibrated else name)
         models, known = {}, {}
         for half, called in names.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def markdown(
         + (
             f"resumed, its longer steps took {minutes:.0f} minutes." if resumed else f"{minutes:.0f} minutes."
         ),
-        f"Fine-tuning ran in {'; '.join(precisions)}. All else ran in fp32.",
+        f"Fine-tuning ran in {'; '.join(precisions)}. Steps of refining ran in {_refined_in(rows)}. "
+        "All else ran in fp32.",
         f"Settings: {', '.join(f'{key} {value}' for key, value in settings.items())}.",
         "",
         "weber2024 is the published policy: every convolution, one factor, weights alone. budget shares the same "
@@ -93,6 +95,16 @@ def markdown(
 
 def _size(row: Row) -> str:
     return f"{row['of_dense']:.1%} | {row['macs_of_dense']:.1%}"
+
+
+def _refined_in(rows: Sequence[Row]) -> str:
+    """The precisions, and how many rows were refined in each, in words."""
+    counts = Counter(
+        precision for row in rows if not row.get("steps") for precision in row.get("refined_in", ())
+    )
+    return (
+        " and ".join(f"{precision} (rows: {count})" for precision, count in sorted(counts.items())) or "none"
+    )
 
 
 def _hippocampus(row: Row) -> str:

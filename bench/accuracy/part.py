@@ -166,7 +166,9 @@ class Part:
 
     def size(self, model: Path) -> dict[str, Any]:
         manifest = read_manifest(model)
+        refined = {outcome["precision"].split(":")[0] for outcome in manifest.refined_folds().values()}
         return {
+            "refined_in": sorted(refined),
             "parameters": manifest.tucker.parameters,
             "of_dense": manifest.tucker.parameters / manifest.dense.parameters,
             "macs": manifest.tucker.macs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 
 import pytest
 import torch
@@ -154,6 +155,8 @@ def test_refusals(pair):
         refine(model, dense, patches(), learning_rate=float("nan"))
     with pytest.raises(ConfigError, match="likelihood must be one of softmax, sigmoid"):
         refine(model, dense, patches(), likelihood="argmax")
+    with pytest.raises(ConfigError, match="precision must be one of auto, fp32, bf16, got 'fp16'"):
+        refine(model, dense, patches(), precision="fp16")
     with pytest.raises(CalibrationError, match="no inputs to refine on"):
         refine(model, dense, [])
     with pytest.raises(CalibrationError, match="the same shape for both; got"):
@@ -164,6 +167,61 @@ def test_refusals(pair):
         refine(broken, dense, patches())
     with pytest.raises(ConfigError, match=r"no parameter of .* requires a gradient"):
         refine(model.requires_grad_(False), dense, patches())
+
+
+class Dtypes:
+    """Of what a convolution of `model` gives, with and without gradients asked for."""
+
+    def __init__(self, model):
+        self.stepping, self.judging = set(), set()
+        conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        conv.register_forward_hook(self._note)
+
+    def _note(self, module, arguments, output):
+        (self.stepping if torch.is_grad_enabled() else self.judging).add(output.dtype)
+
+
+@pytest.mark.parametrize(
+    ("asked", "able", "rounding", "low", "words"),
+    [
+        ("fp32", True, 0.1, False, r"fp32, as asked for"),
+        ("bf16", False, 0.1, True, r"bf16, as asked for"),
+        ("auto", False, 0.1, False, r"fp32: the processor does not multiply bf16"),
+        (
+            "auto",
+            True,
+            0.5,
+            True,
+            r"bf16: on the first input the distance is \S+ nats a voxel in fp32 and \S+ in bf16",
+        ),
+        ("auto", True, 0.0, False, r"fp32: on the first input .* in bf16, which may be off by 0%"),
+    ],
+)
+def test_steps_in_bf16(pair, monkeypatch, asked, able, rounding, low, words):
+    """Where they are in bf16 the network comes as near, by distances that are still those in float32."""
+    model, dense = pair
+    module = importlib.import_module("tucker_ops.convert.refine")
+    monkeypatch.setattr(module, "processor_multiplies_bf16", lambda: able)
+    monkeypatch.setattr(module, "ROUNDING", rounding)
+    twin, seen = copy.deepcopy(model), Dtypes(model)
+    outcome = refine(model, dense, patches(), steps=20, precision=asked)
+    assert re.match(words, outcome.precision), outcome.precision
+    assert seen.stepping == ({torch.bfloat16} if low else {torch.float32})
+    assert torch.float32 in seen.judging
+    assert outcome.after == pytest.approx(mean_distance(model.eval(), dense, patches()), rel=1e-4)
+    exact = refine(twin, dense, patches(), steps=20, precision="fp32")
+    assert outcome.before == exact.before
+    assert outcome.after < exact.before - 0.9 * (exact.before - exact.after)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_other_weights_keep_their_precision(pair):
+    model, dense = (network.double() for network in pair)
+    inputs = [x.double() for x in patches()]
+    with pytest.raises(ConfigError, match="bf16 is a precision for weights in float32; these are in float64"):
+        refine(model, dense, inputs, steps=2, precision="bf16")
+    outcome = refine(model, dense, inputs, steps=10)
+    assert outcome.kept and outcome.precision == "float64, as the weights are"
 
 
 def test_nothing_to_gain(pair):
@@ -184,7 +242,7 @@ def test_dense_outputs_are_kept_while_there_is_room(pair, monkeypatch):
         calls = []
         hook = dense.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         twin = copy.deepcopy(model)
-        assert refine(twin, dense, inputs, steps=8).kept
+        assert refine(twin, dense, inputs, steps=8, precision="fp32").kept
         hook.remove()
         weights.append(twin.state_dict())
         runs.append(len(calls))

@@ -138,9 +138,20 @@ def test_command_line(tmp_path, tiny_model, images, shell):  # noqa: F811
     )
     assert code == 0, err
     assert "refined, fold 0" in out and "nats a voxel" in " ".join(out.split())
+    outcome = read_manifest(tmp_path / "out").refinement["folds"]["0"]
+    assert f"Fold 0 refined in {outcome['precision']}" in " ".join(out.split())
+    arguments = ("--calibrate", images, "--refine", 5, "--refine-precision", "bf16")
+    code, out, err = shell("compress", tiny_model, "-o", tmp_path / "low", *small, *arguments)
+    assert code == 0, err
+    assert "Fold 0 refined in bf16, as asked for" in " ".join(out.split())
     for arguments, message in (
         (("--refine", 5), "--refine learns from the images of --calibrate, which is missing"),
         (("--refine", 0, "--calibrate", images), "a whole number of steps of at least 1, got 0"),
+        (("--refine-precision", "fp32"), "--refine-precision is that of --refine, which is missing"),
+        (
+            ("--refine", 5, "--calibrate", images, "--refine-precision", "fp16"),
+            "the precision of refining is one of auto, fp32, bf16, got 'fp16'",
+        ),
     ):
         code, _, err = shell("compress", tiny_model, "-o", tmp_path / "no", *small, *arguments)
         assert code == 2 and message in " ".join(err.split())

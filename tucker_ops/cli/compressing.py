@@ -22,6 +22,7 @@ from tucker_ops.cli.options import (
     ModelArgument,
     NoTapRanksOption,
     RefineOption,
+    RefinePrecisionOption,
     TrustOption,
     calibration_set,
     gate_of,
@@ -89,6 +90,7 @@ def compress(
     calibrate_splits: CalibrateSplitsOption = None,
     calibrate_patches: CalibratePatchesOption = None,
     refine: RefineOption = None,
+    refine_precision: RefinePrecisionOption = None,
     check_images: Annotated[
         Path | None,
         typer.Option("--check-images", help="Images to predict with both models before anything is written."),
@@ -162,7 +164,7 @@ def compress(
             only_if_cheaper=not keep_expensive,
         )
     images = calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
-    refinement = refinement_of(refine, images)
+    refinement = refinement_of(refine, refine_precision, images)
     gate = gate_of(max_drop, max_class_drop)
     check = None
     if check_images is not None:
@@ -194,6 +196,8 @@ def compress(
         for fold, outcome in manifest.refined_folds().items():
             if outcome["reason"]:
                 console().print(f"Fold {fold} not refined: {outcome['reason']}", soft_wrap=True)
+            else:
+                console().print(f"Fold {fold} refined in {outcome['precision']}", soft_wrap=True)
         for failure in (manifest.check or {}).get("failures", ()):
             console().print(f"[red]Marked:[/red] {failure}", soft_wrap=True)
         console().print(
@@ -233,6 +237,7 @@ def sweep(
     calibrate_splits: CalibrateSplitsOption = None,
     calibrate_patches: CalibratePatchesOption = None,
     refine: RefineOption = None,
+    refine_precision: RefinePrecisionOption = None,
     fold: Annotated[
         str | None, typer.Option("--fold", "-f", help="Fold to use [default: the first].")
     ] = None,
@@ -266,8 +271,9 @@ def sweep(
     data = calibration_set(calibrate, calibrate_case, calibrate_patches, calibrate_splits)
     with case_progress("Sweeping") as progress:
         result = sweep_folder(
-            model, output, images, configs, labels=labels, calibrate=data, refine=refinement_of(refine, data),
-            fold=fold, checkpoint=checkpoint, device=device, trust=trust_checkpoint, progress=progress,
+            model, output, images, configs, labels=labels, calibrate=data,
+            refine=refinement_of(refine, refine_precision, data), fold=fold,
+            checkpoint=checkpoint, device=device, trust=trust_checkpoint, progress=progress,
         )  # fmt: skip
     write_sweep(result)
     console().print(sweep_table(result).rich())

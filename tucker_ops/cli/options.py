@@ -75,6 +75,14 @@ RefineOption = Annotated[
         "100 take minutes, need no labels, and win back more than half of what was lost.",
     ),
 ]
+RefinePrecisionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--refine-precision",
+        help="Of the steps of --refine: fp32, bf16, or auto, which is bf16 where the processor multiplies it and its "
+        "rounding matters little [default: auto].",
+    ),
+]
 
 
 def tap_ranks_of(without: bool, params: float | str | None) -> bool | None:
@@ -113,12 +121,16 @@ def calibration_set(
     return None
 
 
-def refinement_of(steps: int | None, images: CalibrationSet | None) -> Refinement | None:
+def refinement_of(
+    steps: int | None, precision: str | None, images: CalibrationSet | None
+) -> Refinement | None:
     """What --refine asks for, on the images of --calibrate."""
     from tucker_ops.nnunet.refinement import Refinement
 
     if steps is None:
+        if precision is not None:
+            raise ConfigError("--refine-precision is that of --refine, which is missing; give the steps")
         return None
     if images is None:
         raise ConfigError("--refine learns from the images of --calibrate, which is missing; give the folder")
-    return Refinement(images, steps)
+    return Refinement(images, steps) if precision is None else Refinement(images, steps, precision)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from tucker_ops.convert.calibrate import LIKELIHOODS
+from tucker_ops.convert.precision import PRECISIONS, processor_multiplies_bf16
 from tucker_ops.errors import CalibrationError, ConfigError
 
 Progress = Callable[[int, int, str], None]
@@ -23,18 +24,24 @@ Progress = Callable[[int, int, str], None]
 RATE = 2e-3
 # Inputs on which the distance is measured before and after.
 JUDGED = 8
+# What computing in bf16 may change the distance by, as a part of it, before "auto" leaves it.
+ROUNDING = 0.1
 # Bytes of the dense network's outputs that are kept, for inputs come again.
 KEPT = 2**30
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What `refine` did: distances in nats a voxel, before and after ``steps`` at a peak of ``learning_rate``."""
+    """What `refine` did: distances in nats a voxel, before and after ``steps`` at a peak of ``learning_rate``.
+
+    ``precision`` is what the steps computed in, and why, in words; distances are always those in the model's own.
+    """
 
     steps: int
     learning_rate: float
     before: float
     after: float
+    precision: str
 
     @property
     def kept(self) -> bool:
@@ -78,6 +85,7 @@ def refine(
     learning_rate: float | None = None,
     likelihood: str = "softmax",
     seed: int = 0,
+    precision: str = "auto",
     progress: Progress | None = None,
 ) -> Refined:
     """Train `model`, in place, to give what `dense` gives on `inputs`; no labels are needed.
@@ -98,6 +106,9 @@ def refine(
             its output on that input is not kept; up to 1 GiB of outputs is.
         learning_rate: the peak, instead of the rule's.
         likelihood: "softmax" or "sigmoid", as in `calibrate`.
+        precision: of the steps' passes through `model`: "fp32"; "bf16", under autocast; or "auto", which is bf16 on a
+            processor that multiplies it, where that changes the distance on the first input by at most `ROUNDING` of
+            it. The dense network's outputs, the distance and Adam stay in float32.
         progress: called as progress(done, steps, "") after each step.
 
     The distance on up to `JUDGED` of the inputs is measured before and after; a model that came no nearer gets its
@@ -112,6 +123,8 @@ def refine(
         raise ConfigError(f"learning_rate must be a number above 0, got {learning_rate!r}")
     if not len(inputs):
         raise CalibrationError("no inputs to refine on; give at least one")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     weights = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     if not weights:
         raise ConfigError(
@@ -121,17 +134,20 @@ def refine(
     kept = [p.detach().clone() for p in weights]
     measure = _Distance(model, dense, inputs, likelihood)
     with _modes(model, dense):
-        before = measure.mean(judged)
+        each = measure.each(judged)
+        before = sum(each) / len(each)
         if not math.isfinite(before):
             raise CalibrationError(
                 f"the compressed model is {before} from the dense one on these inputs; its output is not finite, so "
                 "there is nothing to refine: compress it anew, or look for infinite weights"
             )
         rate = learning_rate or RATE * math.sqrt(before)
+        low, why = _chosen(precision, weights, measure, judged[0], each[0])
         try:
             if before > 0:
-                _train(measure, weights, steps, rate, before, seed, progress)
-            result = Refined(steps, rate, before, measure.mean(judged))
+                _train(measure, weights, steps, rate, before, seed, low, progress)
+            after = measure.each(judged)
+            result = Refined(steps, rate, before, sum(after) / len(after), why)
         except BaseException:
             _put_back(weights, kept)
             raise
@@ -148,13 +164,15 @@ class _Distance:
         self._taught: dict[int, Tensor] = {}
         self._room = KEPT
 
-    def __call__(self, number: int) -> Tensor:
+    def __call__(self, number: int, *, low: bool = False) -> Tensor:
+        """With `low` the model computes in bf16."""
         batch = self.inputs[number]
         if not isinstance(batch, Tensor) or not torch.isfinite(batch).all():
             what = "NaN or infinite values" if isinstance(batch, Tensor) else type(batch).__name__
             raise CalibrationError(f"an input to refine on holds {what}; repair or remove it")
         taught = self._dense_output(number, batch)
-        found = self._model(batch)
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16, enabled=low):
+            found = self._model(batch)
         if not (isinstance(found, Tensor) and isinstance(taught, Tensor) and found.shape == taught.shape):
             shapes = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in (found, taught)]
             raise CalibrationError(
@@ -164,8 +182,8 @@ class _Distance:
         return distance(found, taught, likelihood=self._likelihood)
 
     @torch.no_grad()
-    def mean(self, numbers: Sequence[int]) -> float:
-        return sum(float(self(n)) for n in numbers) / len(numbers)
+    def each(self, numbers: Sequence[int], *, low: bool = False) -> list[float]:
+        return [float(self(n, low=low)) for n in numbers]
 
     def _dense_output(self, number: int, batch: Tensor) -> Tensor:
         if number in self._taught:
@@ -186,6 +204,7 @@ def _train(
     rate: float,
     scale: float,
     seed: int,
+    low: bool,
     progress: Progress | None,
 ) -> None:
     optimizer = torch.optim.Adam(weights, lr=rate)
@@ -196,7 +215,7 @@ def _train(
             group["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         with torch.enable_grad():
             # In units of what it was: Adam's own epsilon would else decide where networks are nearly right.
-            loss = measure(next(order)) / scale
+            loss = measure(next(order), low=low) / scale
             gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         if not all(g is None or torch.isfinite(g).all() for g in gradients):
             raise CalibrationError(
@@ -209,6 +228,30 @@ def _train(
             progress(step + 1, steps, "")
     for weight in weights:
         weight.grad = None
+
+
+def _chosen(
+    asked: str, weights: Sequence[nn.Parameter], measure: _Distance, number: int, exact: float
+) -> tuple[bool, str]:
+    """Whether the steps compute in bf16, and why, in words; `exact` is the distance on input `number`."""
+    dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})
+    if dtypes != ["float32"]:
+        if asked == "bf16":
+            raise ConfigError(f"bf16 is a precision for weights in float32; these are in {', '.join(dtypes)}")
+        return False, f"{', '.join(dtypes)}, as the weights are"
+    if asked != "auto":
+        return asked == "bf16", f"{asked}, as asked for"
+    if weights[0].device.type != "cpu":
+        return False, "fp32: bf16 on a GPU is for those who ask for it"
+    if not processor_multiplies_bf16():
+        return False, "fp32: the processor does not multiply bf16"
+    (rounded,) = measure.each([number], low=True)
+    # Written so that NaN is no reason for it.
+    low = abs(rounded - exact) <= ROUNDING * exact
+    return low, (
+        f"{'bf16' if low else 'fp32'}: on the first input the distance is {exact:.2g} nats a voxel in fp32 and "
+        f"{rounded:.2g} in bf16, which may be off by {ROUNDING:.0%}"
+    )
 
 
 def _order(count: int, seed: int) -> Iterator[int]:

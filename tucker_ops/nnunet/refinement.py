@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tucker_ops import convert
 from tucker_ops.convert import Refined
+from tucker_ops.convert.precision import PRECISIONS
 from tucker_ops.errors import ConfigError
 from tucker_ops.fused import fuse
 from tucker_ops.nnunet.calibration import CalibrationPatches, CalibrationSet
@@ -21,18 +22,26 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Refinement:
-    """``steps`` of `tucker_ops.refine` on the patches of ``data``. Raises ConfigError for less than one step."""
+    """``steps`` of `tucker_ops.refine` on the patches of ``data``, in its ``precision``.
+
+    Raises ConfigError for less than one step and for other precisions.
+    """
 
     data: CalibrationSet
     steps: int = 100
+    precision: str = "auto"
 
     def __post_init__(self):
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ConfigError(f"refining takes a whole number of steps of at least 1, got {self.steps!r}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"the precision of refining is one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
 
     def describe(self) -> dict[str, Any]:
         """JSON-ready, without the folder's path."""
-        return self.data.describe() | {"steps": self.steps}
+        return self.data.describe() | {"steps": self.steps, "precision": self.precision}
 
 
 def refine_network(
@@ -45,7 +54,7 @@ def refine_network(
     *,
     progress: Progress | None = None,
 ) -> tuple[Refined, dict[str, Any]]:
-    """`tucker_ops.refine` of `network` towards `dense`, which is frozen, in float32; also returns on what, JSON-ready.
+    """`tucker_ops.refine` of `network` towards `dense`, which is frozen; also returns on what, JSON-ready.
 
     `mirror_axes` are those along which prediction mirrors: the network is refined on what it will be shown (see
     `mirrorings`), and few images go a longer way. There is no other augmentation: what the dense model says of images
@@ -65,6 +74,7 @@ def refine_network(
         steps=refinement.steps,
         likelihood=patches.likelihood,
         seed=refinement.data.seed,
+        precision=refinement.precision,
         progress=report,
     )
     on = {"source": patches.describe(), "mirror_axes": list(mirror_axes or ())}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tucker_ops.convert.precision import processor_multiplies_bf16
 from tucker_ops.errors import AccuracyError, ConfigError, DtypeError, ModelFolderError
 from tucker_ops.nnunet.checkpoint import cast_weights, read_checkpoint, serialise, sha256, stored_dtype
 from tucker_ops.nnunet.compress import check_apart, is_earlier_output, load_network
@@ -191,7 +192,7 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
         return "fp16", "nnU-Net's mixed precision on the GPU"
     if asked != "auto":
         return asked, "as asked"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if processor_multiplies_bf16():
         return "bf16", "the processor multiplies bf16"
     return "fp32", "the processor does not multiply bf16"
 

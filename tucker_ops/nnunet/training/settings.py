@@ -6,9 +6,8 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from tucker_ops.convert.precision import PRECISIONS
 from tucker_ops.errors import ConfigError
-
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
