@@ -96,8 +96,15 @@ def rows():
     }
     hippocampus = {"data": "hippocampus", "dice": 0.867, "nsd": 0.95, "dice_per_case": {"a": {"anterior": 1}}}
     ct = {"agreement": 0.97, "worst": 0.9, "nsd": 0.98, "unseen": 0.975, "unseen_worst": 0.8123}
+    ct |= {"swapped": 0.965, "swapped_worst": 0.8901}
     half = {"mean": 0.96, "worst": 0.8, "worst_voxels": 31, "worst_sizeable": 0.9321}
-    once = {"precision": BF16, "unseen": None, "steps": 9, "halves": {"second": half, "first": None}}
+    once = {
+        "precision": BF16,
+        "unseen": None,
+        "swapped": None,
+        "steps": 9,
+        "halves": {"second": half, "first": None},
+    }
     ct |= {"halves": {"second": half, "first": half | {"mean": 0.95, "worst_voxels": 32}}}
     return [
         hippocampus | size | {"policy": "dense", "of_dense": 1.0},
@@ -123,8 +130,8 @@ def test_page_plot_and_rows(tmp_path, monkeypatch):
     assert "resumed, its longer steps took 12 minutes" in resumed
     assert "| 0.9800 | 0.9750 | 0.8123 |\n" in text and "| 0.9800 |  |  |\n" in text
     half = "0.9600 | 0.8000 | 31 | 0.9321"
-    assert f"| 0.3 | weber2024 |  | {half} | 0.9500 | 0.8000 | 32 | 0.9321 |" in text
-    assert f"| 0.3 | weber2024 | 9 | {half} |  |  |  |  |" in text
+    assert f"| 0.3 | weber2024 |  | {half} | 0.9500 | 0.8000 | 32 | 0.9321 | 0.9650 | 0.8901 |" in text
+    assert f"| 0.3 | weber2024 | 9 | {half} |  |  |  |  |  |  |" in text
     assert "| 80.0 | 82.0 | 84.0 | 1.050 | 160.0 | 12.3% | 20.0% |" in text
     output.plot(rows(), tmp_path / "plot.png")
     plain = (tmp_path / "plot.png").read_bytes()

@@ -61,7 +61,7 @@ class CT(Part):
         data = CalibrationSet(images, patches=self.options.ct_patches, labels=self.options.ct_labels)
         calibration, seconds = self.calibrate(f"ct-{half}", self.sources.ct_model, "all", data)
         self.log(f"ct: calibrated in {seconds:.0f} s on {calibration.source}")
-        return Seen(calibration, Refinement(data, self.options.ct_refine_steps))
+        return Seen(calibration, Refinement(data, self.options.refine_steps))
 
     def _predict_dense(self) -> dict[str, Any]:
         self.log("ct: dense")
@@ -98,17 +98,23 @@ class CT(Part):
         return folder
 
     def _judge(self, name: str, swapped: str | None) -> dict[str, Any]:
-        """Agreement with the dense output on the whole; on the second half, which the model `name` did not see, and on
-        the first, which `swapped` did not (or is `name`, where that saw neither); and "unseen": the two together."""
+        """Agreement with the dense output on the whole, of the model `name` and of `swapped`; on the second half, which
+        `name` did not see, and on the first, which `swapped` did not (or is `name`, where that saw neither); and
+        "unseen": the two together."""
         folders = {"second": self.folder / "predictions" / name, "first": None}
         whole = self._evaluation(folders["second"], self.dense)
-        unseen = {"unseen": None, "unseen_worst": None, "unseen_worst_class": None}
+        both = {"unseen": None, "swapped": None}
         if swapped is not None:
             folders["first"] = self.folder / "predictions" / swapped
-            joined = self._evaluation(self._joined(folders["first"], folders["second"]), self.dense)
-            unseen = {"unseen": joined.mean, "unseen_worst": joined.worst_class[1]}
-            unseen["unseen_worst_class"] = joined.worst_class[0]
-        return unseen | {
+            both["unseen"] = self._evaluation(self._joined(folders["first"], folders["second"]), self.dense)
+            both["swapped"] = whole if swapped == name else self._evaluation(folders["first"], self.dense)
+        found = {}
+        for key, evaluation in both.items():
+            found[key] = evaluation and evaluation.mean
+            found[f"{key}_worst_class"], found[f"{key}_worst"] = (
+                evaluation.worst_class if evaluation else (None, None)
+            )
+        return found | {
             "agreement": whole.mean,
             "worst_class": whole.worst_class[0],
             "worst": whole.worst_class[1],

@@ -72,13 +72,13 @@ def markdown(
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_ct(row) for row in rows if row["data"] == "ct"),
         "",
-        "Each half by itself, judged in the output of the model calibrated on the other one. voxels: how many the "
-        f"dense model gives the worst class there; worst of {SIZEABLE}: the worst of the classes with at least "
-        f"{SIZEABLE}.",
+        "Each half by itself, judged in the output of the model calibrated on the other one, and the whole in that of "
+        "the model calibrated on the second half. voxels: how many the dense model gives the worst class there; worst "
+        f"of {SIZEABLE}: the worst of the classes with at least {SIZEABLE}.",
         "",
         f"| at DF | policy | steps | second half: mean | worst | voxels | worst of {SIZEABLE} "
-        f"| first half: mean | worst | voxels | worst of {SIZEABLE} |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| first half: mean | worst | voxels | worst of {SIZEABLE} | whole, from the second: mean | worst |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         *(_halves(row) for row in rows if row["data"] == "ct"),
         "",
         "## Latency budgets: hippocampus, one patch, fused, fp32",
@@ -137,7 +137,8 @@ def _halves(row: Row) -> str:
             if found is None
             else f"{found['mean']:.4f} | {found['worst']:.4f} | {found['worst_voxels']} | {found['worst_sizeable']:.4f}"
         )
-    return f"| {row['factor']} | {row['policy']} | {row['steps'] or ''} | {' | '.join(cells)} |"
+    whole = " | " if row["swapped"] is None else f"{row['swapped']:.4f} | {row['swapped_worst']:.4f}"
+    return f"| {row['factor']} | {row['policy']} | {row['steps'] or ''} | {' | '.join(cells)} | {whole} |"
 
 
 def _latency(row: Row) -> str:

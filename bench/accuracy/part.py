@@ -37,7 +37,6 @@ class Options:
     ct_patches: int = 1
     ct_labels: int = 24
     refine_steps: int = 100
-    ct_refine_steps: int = 60
     finetune_steps: int = 200
     ct_steps: int = 100
     ct_below: float = 0.9

@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import tucker_ops
-from tucker_ops.convert import CompressionConfig, compress, refine
-from tucker_ops.convert.refine import JUDGED, distance
+from tests.ops.problems import relative_rms
+from tests.ops.test_gradient import LIMITS
+from tucker_ops.convert import CompressionConfig, compress, divergence, refine
+from tucker_ops.convert.divergence import SLAB, distance
+from tucker_ops.convert.refine import JUDGED
 from tucker_ops.errors import CalibrationError, ConfigError
 
 
@@ -49,6 +52,35 @@ def test_distance_is_the_divergence_written_out(likelihood):
         distance(student, teacher, likelihood=likelihood).double(), expected, rtol=1e-5, atol=1e-7
     )
     assert distance(teacher, teacher, likelihood=likelihood).abs() < 1e-6
+
+
+@pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last_3d], ids=["contiguous", "last"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("slab", [1, 300, SLAB], ids=["a-row", "rows-left-over", "all"])
+def test_distance_by_slabs_is_that_of_autograd(likelihood, layout, dtype, slab, monkeypatch):
+    """Value and gradient; a teacher that wants a gradient makes it the plain formula, here in float64."""
+    monkeypatch.setattr(divergence, "SLAB", slab)
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 3, 5, 2, 3, generator=generator) for _ in range(2))
+    student = student.to(dtype).contiguous(memory_format=layout).requires_grad_()
+    found = distance(student, teacher, likelihood=likelihood)
+    (gradient,) = torch.autograd.grad(5 * found, student)
+    exact = student.detach().double().requires_grad_()
+    formula = {"softmax": divergence._softmax, "sigmoid": divergence._sigmoid}[likelihood]
+    wanted = formula(exact, teacher.double()).sum(1).mean()
+    (true,) = torch.autograd.grad(5 * wanted, exact)
+    assert found.dtype == torch.float32 and gradient.dtype == dtype
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    assert relative_rms(gradient, true) <= LIMITS[dtype]
+    both = teacher.clone().requires_grad_()
+    plain = distance(student, both, likelihood=likelihood)
+    assert float(plain.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert torch.autograd.grad(plain, both)[0].abs().sum() > 0
+    with torch.no_grad():
+        assert float(distance(student, teacher, likelihood=likelihood)) == float(found.detach())
 
 
 @pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])

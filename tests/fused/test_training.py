@@ -14,8 +14,15 @@ from tests.ops.problems import relative_rms
 from tests.ops.test_gradient import LIMITS, ON_CPU, saved_bytes
 from tucker_ops import fuse
 from tucker_ops.backends import native
-from tucker_ops.fused import executor, explain
-from tucker_ops.fused.training import channels_last, norm_act_conv, pointwise_conv, tucker_conv_transpose
+from tucker_ops.backends.select import dense_kernels
+from tucker_ops.fused import differentiable, executor, explain
+from tucker_ops.fused.differentiable import (
+    channels_last,
+    dense_conv,
+    norm_act_conv,
+    pointwise_conv,
+    tucker_conv_transpose,
+)
 from tucker_ops.nn import TuckerConvTranspose3d
 
 norm_act = torch.ops.tucker_ops.norm_act
@@ -145,6 +152,105 @@ def test_dense_convolutions_write_channels_last(channels):
     form = executor._train_form(fuse(network).train()).module
     kernels = [m for m in network.modules() if type(m) is nn.Conv3d and set(m.kernel_size) != {1}]
     assert [node.target for node in form.graph.nodes].count(channels_last) == len(kernels) > 0
+
+
+DENSE = {
+    # input, weight, padding
+    "3d": ((2, 5, 6, 7, 9), (7, 5, 3, 3, 3), [1, 1, 1]),
+    "flat": ((1, 4, 3, 8, 7), (6, 4, 1, 3, 3), [0, 1, 1]),
+    "unpadded": ((1, 3, 4, 6, 5), (4, 3, 3, 3, 3), [0, 0, 0]),
+    "wide-padding": ((1, 3, 4, 6, 5), (4, 3, 3, 3, 3), [3, 4, 3]),
+    "one-channel": ((2, 1, 5, 6, 7), (4, 1, 3, 3, 3), [1, 1, 1]),
+    "long-rows": ((1, 16, 3, 4, 65), (17, 16, 3, 3, 3), [1, 1, 1]),
+    "tiny": ((1, 4, 1, 1, 2), (3, 4, 3, 3, 3), [1, 1, 1]),
+    "2d": ((3, 5, 9, 11), (4, 5, 3, 3), [1, 1]),
+    "2d-long-rows": ((2, 16, 5, 70), (16, 16, 3, 3), [1, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype", ON_CPU, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "every-second-row"])
+@pytest.mark.parametrize("case", DENSE)
+def test_dense_convolution_first_and_second_order(case, layout, dtype, monkeypatch):
+    """On our kernels, whatever the sizes, against torch in float64."""
+    monkeypatch.setattr(differentiable, "dense_kernels", lambda *_: True)
+    shape, weights, padding = DENSE[case]
+    generator = torch.Generator().manual_seed(0)
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    double = (*shape[:2], 2 * shape[2], *shape[3:])
+    x = torch.randn(double, generator=generator).to(dtype)
+    x = x[:, :, ::2] if layout == "every-second-row" else x[:, :, : shape[2]].contiguous()
+    x = x.contiguous(memory_format=last) if layout == "channels-last" else x
+    weight = (torch.randn(weights, generator=generator) / weights[1]).to(dtype)
+    bias = torch.randn(weights[0], generator=generator).to(dtype)
+
+    def results(convolution, *tensors):
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        out = convolution(*tensors, padding=padding)
+        first = torch.autograd.grad(out.square().sum(), tensors, retain_graph=True)
+        grads = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+        return out, *first, *grads, *second
+
+    conv = nn.functional.conv2d if len(shape) == 4 else nn.functional.conv3d
+    ours = results(dense_conv, x, weight, bias)
+    exact = results(conv, *(t.double() for t in (x, weight, bias)))
+    assert ours[0].is_contiguous(memory_format=last)
+    for i, (found, wanted) in enumerate(zip(ours, exact, strict=True)):
+        assert found.dtype == dtype and found.shape == wanted.shape
+        assert relative_rms(found, wanted) <= LIMITS[dtype] * (1 if i < 7 else 3), i
+
+
+def test_dense_convolution_computes_only_the_gradients_asked_for(monkeypatch):
+    monkeypatch.setattr(differentiable, "dense_kernels", lambda *_: True)
+    x, weight, bias = torch.randn(1, 3, 4, 5, 6), torch.randn(2, 3, 3, 3, 3), torch.randn(2)
+    for chosen in range(3):
+        given = [t.detach().requires_grad_(i == chosen) for i, t in enumerate((x, weight, bias))]
+        (grad,) = torch.autograd.grad(dense_conv(*given, [1, 1, 1]).square().sum(), given[chosen])
+        exact = [t.double().detach().requires_grad_(i == chosen) for i, t in enumerate((x, weight, bias))]
+        out = nn.functional.conv3d(*exact, padding=1)
+        assert relative_rms(grad, torch.autograd.grad(out.square().sum(), exact[chosen])[0]) <= 2e-5
+    weight.requires_grad_()
+    (grad,) = torch.autograd.grad(dense_conv(x, weight, None, [1, 1, 1]).sum(), weight)
+    assert grad.shape == weight.shape
+
+
+def test_dense_convolutions_are_taken_where_winograd_applies():
+    """And left to torch where it does not, or where a hook wants to see them."""
+    taken = nn.Conv3d(2, 3, 3, padding=1)
+    others = [
+        nn.Conv3d(3, 3, 3, padding=1, stride=(2, 1, 1)),
+        nn.Conv3d(3, 3, 3, padding=1, dilation=(2, 1, 1)),
+        nn.Conv3d(3, 3, 3, padding=1, groups=3),
+        nn.Conv3d(3, 3, 3, padding=1, padding_mode="replicate"),
+        nn.Conv3d(3, 3, 3, padding="same"),
+        nn.Conv3d(3, 3, (3, 3, 1)),
+        nn.Conv3d(3, 3, 3, padding=1),
+    ]
+    network = nn.Sequential(taken, *others, nn.InstanceNorm3d(3, affine=True))
+    form = executor._train_form(fuse(network).train()).module
+    # The last of the others as well: nothing is hooked yet.
+    assert [node.target for node in form.graph.nodes].count(dense_conv) == 2
+    others[-1].register_forward_hook(lambda *_: None)
+    form = executor._train_form(fuse(network).train()).module
+    assert [node.target for node in form.graph.nodes].count(dense_conv) == 1
+    x = torch.randn(1, 2, 12, 9, 10)
+    assert relative_rms(form(x), copy.deepcopy(network).double()(x.double())) <= 2e-5
+
+
+def test_the_choice_of_dense_kernels_falls_back_to_torch():
+    weight = torch.randn(4, 4, 3, 3, 3)
+    few, many = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 24, 24, 24)
+    assert dense_kernels(many, weight, [1, 1, 1]) and not dense_kernels(few, weight, [1, 1, 1])
+    assert "float64" in dense_kernels(many.double(), weight.double(), [1, 1, 1]).reason
+    # No output at all is torch's to refuse, as ever.
+    with pytest.raises(RuntimeError):
+        dense_conv(torch.randn(1, 4, 1, 5, 5), weight, None, [0, 0, 0])
+    assert dense_conv(torch.randn(0, 4, 5, 5, 5), weight, None, [1, 1, 1]).shape == (0, 4, 5, 5, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = dense_conv(many.requires_grad_(), weight.requires_grad_(), None, [1, 1, 1])
+    assert out.dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), (many, weight)))
 
 
 def test_transposed_tucker_convolution_matches_its_module():

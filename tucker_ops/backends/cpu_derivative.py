@@ -1,4 +1,4 @@
-"""The gradient of `tucker_conv` on the CPU, through the compiled kernels.
+"""The gradients of `tucker_conv` and of dense convolutions on the CPU, through the compiled kernels.
 
 Intermediates are channels-last, whatever the input's layout. The outer stages and their gradients are products at every
 voxel. The core's forward and, at stride 1, its gradient, which is a convolution with the flipped core, run in the
@@ -21,6 +21,13 @@ from tucker_ops.ops.reference import memory_format
 # In 2D, and in 3D with AVX-512; with AVX2 everywhere in 3D.
 LONG_ROW_2D, FEW_PAIRS_2D = 64, 2048
 LONG_ROW_AVX512, FEW_PAIRS_AVX512 = 32, 1024
+# Of dense kernels, which have more channels: voxels in a row, and channels of either side.
+LONG_ROW_DENSE, FEWEST_CHANNELS_DENSE = 64, 16
+# Channels · depth · height up to which torch computes a single item by its own kernels, a thread, instead of oneDNN's; and
+# pairs of channels up to which ours beat those at the weights.
+FEW_ELEMENTS, FEW_PAIRS_ALONE = 20480, 128 * 128
+# Output voxels of a batch from which on dense forwards and gradients measured faster than oneDNN's.
+FEW_VOXELS = {torch.float32: 2048, torch.bfloat16: 12_000}
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -52,8 +59,8 @@ def pointwise_gradient(
     )
 
 
-def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
-    """core ∗ x, channels-last, by the kernels of a fused block without outer stages."""
+def _core(x: Tensor, core: Tensor, stride, padding, dilation, bias: Tensor | None = None) -> Tensor:
+    """core ∗ x + bias, channels-last, by the kernels of a fused block without outer stages."""
     none, last = [None], block_memory_format(len(stride), False)
     x = x.contiguous(memory_format=last)
     values, _, _ = torch.ops.tucker_ops._tucker_block_cpu(
@@ -69,7 +76,7 @@ def _core(x: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
         padding,
         dilation,
         None,
-        None,
+        None if bias is None else bias.contiguous(),
         "none",
     )
     return values
@@ -101,13 +108,20 @@ def _ours_is_faster(grad: Tensor, t: Tensor) -> bool:
         return row >= LONG_ROW_2D or pairs <= FEW_PAIRS_2D
     if not native.isa().startswith(("avx512", "amx")):
         return True
-    # Of a single item torch makes one thread's work, or none of oneDNN's.
-    return t.shape[0] == 1 or row >= LONG_ROW_AVX512 or pairs <= FEW_PAIRS_AVX512
+    return _torch_is_slow(t) or row >= LONG_ROW_AVX512 or pairs <= FEW_PAIRS_AVX512
 
 
-def _core_weights(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation) -> Tensor:
+def _torch_is_slow(x: Tensor) -> bool:
+    """Is this a float32 batch that torch does not hand to oneDNN, but computes itself, an item a thread?"""
+    return x.dtype == torch.float32 and x.shape[0] == 1 and math.prod(x.shape[1:4]) <= FEW_ELEMENTS
+
+
+def _core_weights(
+    grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilation, *, ours: bool | None = None
+) -> Tensor:
+    """Of the core; `ours` says whose kernel is faster, where the measurements of cores do not."""
     kernel, last = list(core.shape[2:]), block_memory_format(len(stride), False)
-    ours = grad.dtype == torch.float32 and _ours_is_faster(grad, t)
+    ours = grad.dtype == torch.float32 and (_ours_is_faster(grad, t) if ours is None else ours)
     if ours or onednn_errs(kernel, stride, dilation, t.shape[2:]):
         grad, t = (x.float().contiguous(memory_format=last) for x in (grad, t))
         return torch.ops.tucker_ops._core_gradient_cpu(grad, t, kernel, stride, padding, dilation)
@@ -115,6 +129,42 @@ def _core_weights(grad: Tensor, t: Tensor, core: Tensor, stride, padding, dilati
     return torch.ops.aten.convolution_backward(
         grad, t, core, None, stride, padding, dilation, False, zeros, 1, [False, True, False]
     )[1]
+
+
+def dense_is_faster(x: Tensor, weight: Tensor, padding) -> bool:
+    """Does a dense convolution of x [N, C, *spatial] at stride 1, with 3×3 taps in the plane, take less time here?"""
+    size = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)]
+    voxels = x.shape[0] * math.prod(size)
+    if min(size) < 1 or voxels < 1:
+        return False
+    ones = [1] * len(size)
+    return (
+        voxels >= FEW_VOXELS[x.dtype]
+        or (x.dim() == 5 and _torch_is_slow(x))
+        or onednn_errs(weight.shape[2:], ones, ones, x.shape[2:])
+    )
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None, padding) -> Tensor:
+    """weight ∗ x + bias at stride 1, channels-last."""
+    ones = [1] * len(padding)
+    return _core(x, weight, ones, padding, ones, bias)
+
+
+def dense_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, padding, *needed: bool
+) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias, as far as needed."""
+    need_x, need_weight, need_bias = needed
+    ones = [1] * len(padding)
+    of_x = _core_gradient(grad, x, weight, ones, padding, ones) if need_x else None
+    of_weight = None
+    if need_weight:
+        channels = weight.shape[:2]
+        long = grad.shape[-1] >= LONG_ROW_DENSE and min(channels) >= FEWEST_CHANNELS_DENSE
+        alone = x.dim() == 5 and _torch_is_slow(x) and math.prod(channels) <= FEW_PAIRS_ALONE
+        of_weight = _core_weights(grad, x, weight, ones, padding, ones, ours=long or alone)
+    return of_x, of_weight, grad.sum((0, *range(2, grad.dim()))) if need_bias else None
 
 
 def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

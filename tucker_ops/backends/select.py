@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tucker_ops.backends import cpu_derivative, native
 from tucker_ops.backends.base import Backend, Verdict
 from tucker_ops.backends.cpu import CPU
 from tucker_ops.backends.cuda import CUDA, MOST_SOURCES
@@ -277,6 +278,18 @@ def pointwise_kernels(input: Tensor) -> Verdict:
     if input.dtype not in (torch.float32, torch.bfloat16):
         return Verdict(False, f"computes float32 and bfloat16, not {str(input.dtype).removeprefix('torch.')}")
     return CPU.available()
+
+
+def dense_kernels(input: Tensor, weight: Tensor, padding) -> Verdict:
+    """Do the compiled kernels train a dense convolution at stride 1, with 3×3 taps in the plane? With the reason."""
+    able = pointwise_kernels(input)
+    if not able:
+        return able
+    if input.dtype == torch.bfloat16 and not native.multiplies_bfloat16():
+        return Verdict(False, "has not been timed in bfloat16 on processors that do not multiply it")
+    if cpu_derivative.dense_is_faster(input, weight, padding):
+        return Verdict(True, "measures faster than torch's")
+    return Verdict(False, "too few voxels: torch's measures faster")
 
 
 def norm_act_kernels(input: Tensor) -> Verdict:

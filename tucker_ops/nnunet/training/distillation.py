@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from tucker_ops.convert.refine import distance
+from tucker_ops.convert.divergence import distance
 
 EPS = 1e-5
 
