@@ -23,8 +23,8 @@ LONG_ROW_2D, FEW_PAIRS_2D = 64, 2048
 LONG_ROW_AVX512, FEW_PAIRS_AVX512 = 32, 1024
 # Of dense kernels, which have more channels: voxels in a row, and channels of either side.
 LONG_ROW_DENSE, FEWEST_CHANNELS_DENSE = 64, 16
-# Channels · depth · height up to which torch computes a single item by its own kernels, a thread, instead of oneDNN's; and
-# pairs of channels up to which ours beat those at the weights.
+# Channels · depth · height up to which torch computes a single item by its own kernels, on one thread, not by oneDNN's;
+# and pairs of channels up to which ours beat those at the weights.
 FEW_ELEMENTS, FEW_PAIRS_ALONE = 20480, 128 * 128
 # Output voxels of a batch from which on dense forwards and gradients measured faster than oneDNN's.
 FEW_VOXELS = {torch.float32: 2048, torch.bfloat16: 12_000}
