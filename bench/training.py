@@ -1,8 +1,9 @@
 """`python -m bench.training`: the op with its gradient, and training steps of the compressed hippocampus network.
 
 Peers are three convolutions a layer and the dense layer, as torch runs them: contiguous, as nnU-Net does, and
-channels-last. Ours runs as it is, and keeping its intermediates for the gradient (TUCKER_KEEP_STAGES=1). Gradients are
-checked before anything is timed; peers take turns in a shuffled order, and ratios are taken within each round.
+channels-last. Ours runs as it is, and keeping its intermediates for the gradient (TUCKER_KEEP_STAGES=1); the dense
+network by our kernels too. Gradients are checked before anything is timed; peers take turns in a shuffled order, and
+ratios are taken within each round.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ EXAMPLE = REPOSITORY.joinpath(
 )
 OURS, THREE, DENSE = "tucker_ops", "three convolutions", "dense"
 KEPT = f"{OURS}, t and z kept"
+FUSED_DENSE = f"{OURS}, dense"
 # Relative RMS of a gradient against float64's.
 GATE = 1e-4
 LAST = torch.channels_last_3d
@@ -87,8 +89,11 @@ def _check(name: str, found: Sequence[Tensor], exact: Sequence[Tensor]) -> None:
             raise SystemExit(f"{name}: a gradient is off by {error:.1e}, more than {GATE}; nothing was timed")
 
 
-def network_steps(factor: float, batch: int) -> dict[tuple[str, str], Step]:
-    """The example's trained network at its own patch size; a step: loss and gradients, no optimiser."""
+def network_steps(batch: int, **budget: float) -> dict[tuple[str, str], Step]:
+    """The example's trained network at its own patch size; a step: loss and gradients, no optimiser.
+
+    Compressed by ``factor``, or to a share of its ``params``, which leaves the layers at full extents dense.
+    """
     from tucker_ops.nnunet.checkpoint import read_checkpoint
     from tucker_ops.nnunet.folder import read_model_folder
     from tucker_ops.nnunet.networks import build_network
@@ -99,11 +104,14 @@ def network_steps(factor: float, batch: int) -> dict[tuple[str, str], Step]:
     )
     checkpoint = read_checkpoint(folder.checkpoint_path(folder.folds[0]))
     dense.load_state_dict(checkpoint["network_weights"])
-    tucker = tucker_ops.compress(dense, CompressionConfig(factor=factor))
+    if "params" in budget:
+        budget["params"] = int(budget["params"] * sum(p.numel() for p in dense.parameters()))
+    tucker = tucker_ops.compress(dense, CompressionConfig(**budget))
     torch.manual_seed(0)
     x = torch.randn(batch, folder.input_channels, *folder.patch_size)
     networks = {
         (OURS, "as nnU-Net"): tucker_ops.fuse(tucker),
+        (FUSED_DENSE, "as nnU-Net"): tucker_ops.fuse(dense),
         (THREE, "as nnU-Net"): as_convolutions(tucker),
         (THREE, "channels-last"): as_convolutions(tucker).to(memory_format=LAST),
         (DENSE, "as nnU-Net"): dense,
@@ -114,11 +122,10 @@ def network_steps(factor: float, batch: int) -> dict[tuple[str, str], Step]:
         given = x.contiguous(memory_format=LAST) if layout == "channels-last" else x
         network.train()
         steps[name, layout] = lambda n=network, v=given: _step(n, v)
-    ours, theirs = (_step(networks[name, "as nnU-Net"], x) for name in (OURS, THREE))
-    if not abs(ours - theirs) <= 1e-4 * abs(theirs):
-        raise SystemExit(
-            f"losses differ: {ours} by tucker_ops, {theirs} by three convolutions; nothing was timed"
-        )
+    for name, peer in ((OURS, THREE), (FUSED_DENSE, DENSE)):
+        ours, theirs = (_step(networks[n, "as nnU-Net"], x) for n in (name, peer))
+        if not abs(ours - theirs) <= 1e-4 * abs(theirs):
+            raise SystemExit(f"losses differ: {ours} by {name}, {theirs} by {peer}; nothing was timed")
     return steps
 
 
@@ -165,13 +172,23 @@ def main(arguments: list[str] | None = None) -> None:
         "--factor", type=float, default=0.5, help="ranks of the network, as a share of channels"
     )
     parser.add_argument(
+        "--params", type=float, default=0.12, help="parameters of the network, as a share of the dense one's"
+    )
+    parser.add_argument(
         "-o", "--output", type=Path, default=REPOSITORY / "bench" / "results" / "latest_training"
     )
     options = parser.parse_args(arguments)
     os.environ.pop(KEEP_VARIABLE, None)
     rows = measure(f"op 32ch@{options.extent}³ r16", op_steps(options.extent), options.rounds)
     rows += measure(
-        f"hippocampus network, factor {options.factor}", network_steps(options.factor, 2), options.rounds
+        f"hippocampus network, factor {options.factor}",
+        network_steps(2, factor=options.factor),
+        options.rounds,
+    )
+    rows += measure(
+        f"hippocampus network, {options.params:.0%} of its parameters",
+        network_steps(2, params=options.params),
+        options.rounds,
     )
     origin = provenance()
     text = _table(rows, origin)

@@ -18,7 +18,7 @@ from tests.ops.test_gradient import LIMITS
 from tucker_ops.convert import CompressionConfig, compress, divergence, refine
 from tucker_ops.convert.divergence import SLAB, distance
 from tucker_ops.convert.refine import JUDGED
-from tucker_ops.errors import CalibrationError, ConfigError
+from tucker_ops.errors import CalibrationError, ConfigError, ShapeError
 
 
 @pytest.fixture
@@ -81,6 +81,9 @@ def test_distance_by_slabs_is_that_of_autograd(likelihood, layout, dtype, slab, 
     assert torch.autograd.grad(plain, both)[0].abs().sum() > 0
     with torch.no_grad():
         assert float(distance(student, teacher, likelihood=likelihood)) == float(found.detach())
+    for other in (teacher[:1], teacher[:, :, :4], teacher[:, :, :, :1]):
+        with pytest.raises(ShapeError, match="not of one shape"):
+            distance(student, other, likelihood=likelihood)
 
 
 @pytest.mark.parametrize("likelihood", ["softmax", "sigmoid"])

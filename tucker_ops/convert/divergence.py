@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tucker_ops.errors import ShapeError
+
 # Bytes of logits in a slab: those of a whole CT patch, and what is computed from them, go to memory and back each time.
 SLAB = 2**20
 
@@ -14,8 +16,13 @@ def distance(student: Tensor, teacher: Tensor, *, likelihood: str = "softmax") -
     """KL(teacher ‖ student) in nats, mean over voxels, of logits [N, K, *spatial]; computed in float32.
 
     A softmax over K classes that exclude each other, or ("sigmoid") K independent ones, whose divergences add up. On
-    the CPU it is computed slab by slab, and the gradient of `student` with it, unless `teacher` wants one too.
+    the CPU it is computed slab by slab, and the gradient of `student` with it, unless `teacher` wants one too. Raises
+    ShapeError where the two differ in shape.
     """
+    if student.shape != teacher.shape:
+        raise ShapeError(
+            f"logits to compare are {tuple(student.shape)} and {tuple(teacher.shape)}, not of one shape"
+        )
     if student.device.type == "cpu" and not teacher.requires_grad and not torch.compiler.is_compiling():
         return _OnSlabs.apply(student, teacher, likelihood)
     divergence = _sigmoid if likelihood == "sigmoid" else _softmax

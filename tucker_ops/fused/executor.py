@@ -119,10 +119,11 @@ def fuse(model: nn.Module, *, precision: str | None = None) -> nn.Module:
     """`model` with its inference in fused blocks; shares all parameters and buffers with it.
 
     Takes PlainConvUNet, ResidualEncoderUNet and any other module that torch.fx can trace, compressed or dense, in
-    2D and 3D; the output has the input's dtype. Layers that cannot be folded run as they were. In training mode, where
-    a gradient is required, under autocast on the CPU or torch's global forward hooks, with TUCKER_FUSE=0, and where no
-    kernel computes blocks of this dtype on this device, the whole model runs as it was. Under autocast on a GPU the
-    blocks of an fp32 model compute in autocast's dtype.
+    2D and 3D; the output has the input's dtype. Layers that cannot be folded run as they were. Where a gradient is
+    required, under autocast on the CPU or torch's global forward hooks, with TUCKER_FUSE=0, and where no kernel
+    computes blocks of this dtype on this device, the whole model runs as it was; in training mode on the CPU as
+    `tucker_ops.fused.training` makes it, unless told not to. Under autocast on a GPU the blocks of an fp32 model
+    compute in autocast's dtype.
     `print(tucker_ops.fused.explain(model))` says what happens and why.
 
     `precision` is that of the blocks of an fp32 model: "fp32"; "bf16"; or "auto", which is bf16 where the processor
