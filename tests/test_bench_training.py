@@ -48,14 +48,40 @@ def test_a_gradient_that_is_wrong_is_not_timed(monkeypatch):
 
 @pytest.mark.slow
 def test_the_table_is_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(training, "network_steps", lambda factor, batch: {
-        (name, "as nnU-Net"): lambda: None for name in (training.OURS, training.THREE, training.DENSE)
-    })  # fmt: skip
+    peers, budgets = (training.OURS, training.FUSED_DENSE, training.THREE, training.DENSE), []
+
+    def steps(batch, **budget):
+        budgets.append(budget)
+        return {(name, "as nnU-Net"): lambda: None for name in peers}
+
+    monkeypatch.setattr(training, "network_steps", steps)
     training.main(["--rounds", "1", "--extent", "4", "-o", str(tmp_path)])
+    assert budgets == [{"factor": 0.5}, {"params": 0.12}]
     rows = json.loads((tmp_path / "results.json").read_text())
-    assert len(rows) == 11 and rows[0]["tucker_ops_isa"] == native.isa()
+    # Eight of the op, four of each network.
+    assert len(rows) == 16 and rows[0]["tucker_ops_isa"] == native.isa()
     text = (tmp_path / "results.md").read_text()
-    assert text.count("\n| ") == 12 and "t and z kept" in text
+    assert text.count("\n| ") == 17 and "t and z kept" in text and "network, 12% of its parameters" in text
+
+
+@pytest.mark.slow
+def test_losses_of_networks_are_compared_before_anything_is_timed(monkeypatch):
+    steps = training.network_steps(1, params=0.12)
+    assert {name for name, _ in steps} == {
+        training.OURS,
+        training.FUSED_DENSE,
+        training.THREE,
+        training.DENSE,
+    }
+    right, calls = training._step, []
+
+    def wrong(network, x):
+        calls.append(network)
+        return right(network, x) * (1.01 if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(training, "_step", wrong)
+    with pytest.raises(SystemExit, match=f"losses differ: .* by {training.FUSED_DENSE}"):
+        training.network_steps(1, params=0.12)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
