@@ -244,7 +244,7 @@ def test_the_choice_of_dense_kernels_falls_back_to_torch():
     assert dense_kernels(many, weight, [1, 1, 1]) and not dense_kernels(few, weight, [1, 1, 1])
     assert "float64" in dense_kernels(many.double(), weight.double(), [1, 1, 1]).reason
     # No output at all is torch's to refuse, as ever.
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
         dense_conv(torch.randn(1, 4, 1, 5, 5), weight, None, [0, 0, 0])
     assert dense_conv(torch.randn(0, 4, 5, 5, 5), weight, None, [1, 1, 1]).shape == (0, 4, 5, 5, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
