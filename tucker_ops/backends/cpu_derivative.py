@@ -3,7 +3,8 @@
 Intermediates are channels-last, whatever the input's layout. The outer stages and their gradients are products at every
 voxel. The core's forward and, at stride 1, its gradient, which is a convolution with the flipped core, run in the
 one-pass kernels (Winograd where that applies), the gradient of its weights in a kernel of its own or, where that
-measured faster, in oneDNN; the core's gradient at a stride is oneDNN's.
+measured faster, in oneDNN; the core's gradient at a stride is oneDNN's. A dense convolution is a core with nothing
+around it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LONG_ROW_DENSE, FEWEST_CHANNELS_DENSE = 64, 16
 # and pairs of channels up to which ours beat those at the weights.
 FEW_ELEMENTS, FEW_PAIRS_ALONE = 20480, 128 * 128
 # Output voxels of a batch from which on dense forwards and gradients measured faster than oneDNN's.
-FEW_VOXELS = {torch.float32: 2048, torch.bfloat16: 12_000}
+FEWEST_VOXELS_DENSE = {torch.float32: 2048, torch.bfloat16: 12_000}
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -112,8 +113,9 @@ def _ours_is_faster(grad: Tensor, t: Tensor) -> bool:
 
 
 def _torch_is_slow(x: Tensor) -> bool:
-    """Is this a float32 batch that torch does not hand to oneDNN, but computes itself, an item a thread?"""
-    return x.dtype == torch.float32 and x.shape[0] == 1 and math.prod(x.shape[1:4]) <= FEW_ELEMENTS
+    """Is this a float32 volume that torch does not hand to oneDNN, but computes itself, on one thread?"""
+    single = x.dim() == 5 and x.dtype == torch.float32 and x.shape[0] == 1
+    return single and math.prod(x.shape[1:4]) <= FEW_ELEMENTS
 
 
 def _core_weights(
@@ -139,8 +141,8 @@ def dense_is_faster(x: Tensor, weight: Tensor, padding) -> bool:
         return False
     ones = [1] * len(size)
     return (
-        voxels >= FEW_VOXELS[x.dtype]
-        or (x.dim() == 5 and _torch_is_slow(x))
+        voxels >= FEWEST_VOXELS_DENSE[x.dtype]
+        or _torch_is_slow(x)
         or onednn_errs(weight.shape[2:], ones, ones, x.shape[2:])
     )
 
@@ -162,7 +164,7 @@ def dense_gradient(
     if need_weight:
         channels = weight.shape[:2]
         long = grad.shape[-1] >= LONG_ROW_DENSE and min(channels) >= FEWEST_CHANNELS_DENSE
-        alone = x.dim() == 5 and _torch_is_slow(x) and math.prod(channels) <= FEW_PAIRS_ALONE
+        alone = _torch_is_slow(x) and math.prod(channels) <= FEW_PAIRS_ALONE
         of_weight = _core_weights(grad, x, weight, ones, padding, ones, ours=long or alone)
     return of_x, of_weight, grad.sum((0, *range(2, grad.dim()))) if need_bias else None
 

@@ -17,24 +17,21 @@ def channels_last(input: Tensor) -> Tensor:
     return input.contiguous(memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d)
 
 
+def _as_autocast_would(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The arguments of a convolution, cast where autograd sees it: inside our functions it would not."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
 def norm_act_conv(
     input: Tensor, weight, bias, eps: float, slope: float, u_in, core, u_out, conv_bias, stride, padding, dilation
 ) -> Tensor:  # fmt: skip
     """`norm_act`, then `tucker_conv`; the activated tensor between them is made again for the gradient."""
-    if torch.is_autocast_enabled("cpu"):
-        # What autocast does to the arguments of a convolution; inside, the function's own gradient would not see it.
-        dtype = torch.get_autocast_dtype("cpu")
-        u_in, core, u_out, conv_bias = (
-            None if t is None else t.to(dtype) for t in (u_in, core, u_out, conv_bias)
-        )
-        input = input.to(dtype)
-        with torch.autocast("cpu", enabled=False):
-            return _NormActConv.apply(
-                input, weight, bias, eps, slope, u_in, core, u_out, conv_bias, stride, padding, dilation
-            )
-    return _NormActConv.apply(
-        input, weight, bias, eps, slope, u_in, core, u_out, conv_bias, stride, padding, dilation
-    )
+    input, *conv = _as_autocast_would(input, u_in, core, u_out, conv_bias)
+    with torch.autocast("cpu", enabled=False):
+        return _NormActConv.apply(input, weight, bias, eps, slope, *conv, stride, padding, dilation)
 
 
 class _NormActConv(torch.autograd.Function):
@@ -74,12 +71,9 @@ class _NormActConv(torch.autograd.Function):
 
 def pointwise_conv(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution of one tap; weight [A, C] or [A, C, 1, …]. Channels-last where our kernels compute it."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
-        with torch.autocast("cpu", enabled=False):
-            return _pointwise(input, weight, bias)
-    return _pointwise(input, weight, bias)
+    input, weight, bias = _as_autocast_would(input, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return _pointwise(input, weight, bias)
 
 
 def _pointwise(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,12 +111,9 @@ class _Pointwise(torch.autograd.Function):
 
 def dense_conv(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
     """A dense convolution at stride 1, on our kernels where they measured faster than torch's; as `pointwise_conv`."""
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
-        with torch.autocast("cpu", enabled=False):
-            return _dense(input, weight, bias, padding)
-    return _dense(input, weight, bias, padding)
+    input, weight, bias = _as_autocast_would(input, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return _dense(input, weight, bias, padding)
 
 
 def _dense(input: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int]) -> Tensor:
